@@ -1,0 +1,58 @@
+# Two commands matter: `make quickstart` and `make test`. `make help` lists the rest.
+
+# The first of these that exists; say PYTHON=... for another one (3.11 or newer).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Same version as the serving environment. An index that offers a CPU build of it
+# (a version ending in +cpu) is preferred by pip over the much larger default one.
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+
+VENV := .venv
+SERVE := .venv-serve
+BIN := $(VENV)/bin
+
+MODEL ?=
+RECIPE ?=
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve-env quickstart test quality format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	@WATCH=$(VENV) scripts/progress.sh "Making $(VENV)" .cache/install.log \
+		scripts/make_dev_env.sh $(VENV) "$(EXTRAS)" "$(TORCH)"
+
+$(SERVE)/.ready: scripts/make_serve_env.sh pyproject.toml
+	@WATCH=$(SERVE) scripts/progress.sh "Making $(SERVE)" .cache/serve-env.log \
+		scripts/make_serve_env.sh $(SERVE)
+
+install: $(VENV)/.ready ## .venv with everything for development
+
+serve-env: $(SERVE)/.ready ## .venv-serve with vLLM for the CPU
+
+quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=...]
+	@echo "Quickstart: up to 20 minutes on 2 cores the first time, less after that."
+	@since=$$(date +%s); $(MAKE) --no-print-directory --silent install && \
+	$(BIN)/python scripts/quickstart.py --since $$since \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)")
+
+test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quality: $(VENV)/.ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready ## rewrite the code the way quality wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove environments, downloads and caches
+	rm -rf $(VENV) $(SERVE) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,11 @@
+"""FAQ and SliderQuant as recipe stages of llm-compressor; importing registers them."""
+
+from llmcompressor import oneshot
+
+from llmc_faq_slider.host.registration import register_stage
+from llmc_faq_slider.slider.modifier import SliderQuantModifier
+
+__all__ = ["SliderQuantModifier", "oneshot"]
+__version__ = "0.1.0"
+
+register_stage(SliderQuantModifier)

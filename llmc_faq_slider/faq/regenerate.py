@@ -1,0 +1,353 @@
+"""The stage as one function: seeds in, packed calibration rows out."""
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llmc_faq_slider.faq.gates import failed_gate, normalised
+from llmc_faq_slider.faq.generators import Generator, GeneratorSource
+from llmc_faq_slider.faq.identity import tokenizer_hash
+from llmc_faq_slider.faq.packing import pack
+from llmc_faq_slider.faq.preparation import (
+    Conversation,
+    Prompt,
+    batches,
+    conversation,
+    fits,
+    original,
+    prepare,
+)
+from llmc_faq_slider.faq.prompts import PROMPT_VERSION, wording_hash
+from llmc_faq_slider.faq.rendering import (
+    THINK_OPEN,
+    Sample,
+    control_ids,
+    end_of_turn_id,
+    render,
+    template_hash,
+)
+from llmc_faq_slider.faq.sampling import row_seed
+from llmc_faq_slider.faq.seeds import Seed, seeds_hash
+from llmc_faq_slider.faq.selection import Contender, winner
+from llmc_faq_slider.faq.settings import Settings
+from llmc_faq_slider.faq.store import (
+    CalibrationSet,
+    Candidate,
+    CandidateLog,
+    Store,
+    content_key,
+)
+
+#: prompts to judge by before a run that mostly fails is stopped early
+_ENOUGH_PROMPTS = 64
+
+
+class RegenerationError(RuntimeError):
+    """The generator did not yield enough valid data."""
+
+
+@dataclass
+class _Outcome:
+    """What the loop over batches has gathered so far."""
+
+    samples: list[Sample] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+    gates: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens(self) -> int:
+        return self.counts["tokens_selected"]
+
+    @property
+    def without_answer(self) -> int:
+        return self.counts["prompts_dropped"] + self.counts["prompts_fallback"]
+
+
+def regenerate(
+    seeds: Sequence[Seed],
+    target: PreTrainedTokenizerBase,
+    source: GeneratorSource,
+    settings: Settings,
+    store: Store,
+) -> CalibrationSet:
+    """Regenerate calibration data, or read it back if nothing changed.
+
+    Prompts are answered in batches until N x L tokens are selected; the seed set is
+    answered anew, with other random numbers, when it is too small.
+
+    :param seeds: what to regenerate from
+    :param target: tokenizer (with chat template) of the model to be quantised
+    :param source: who writes the candidates
+    :param settings: sizes, sampling, gates, selection
+    :param store: where candidates and the finished set are kept
+    :raises RegenerationError: when too few answers are valid
+    """
+    talk = conversation(target, source, settings)
+    candidate_facts = _candidate_facts(seeds, source, settings, talk)
+    candidate_key = content_key(candidate_facts)
+    dataset_facts = _dataset_facts(candidate_key, target, settings)
+    dataset_key = content_key(dataset_facts)
+    with store.locked():
+        stored = store.read_dataset(dataset_key)
+        if stored is not None:
+            logger.info(f"FAQ: reusing {store.dataset_folder(dataset_key)}")
+            return stored
+        log = store.candidates(candidate_key, candidate_facts)
+        with ExitStack() as stack:
+            writer = _Writer(source, settings, log, stack)
+            outcome = _collect(seeds, source, settings, talk, writer)
+        input_ids, loss_mask = pack(
+            outcome.samples,
+            settings.num_samples,
+            settings.sequence_length,
+            settings.seed,
+        )
+        manifest = {
+            "generator": source.identity,
+            "candidates": candidate_facts,
+            "dataset": dataset_facts,
+            "counts": dict(sorted(outcome.counts.items())),
+            "gates": dict(sorted(outcome.gates.items())),
+            "tokens": input_ids.numel(),
+            "answer_tokens": int(loss_mask.sum()),
+            "versions": _versions(),
+        }
+        result = store.write_dataset(dataset_key, input_ids, loss_mask, manifest)
+    logger.info(
+        f"FAQ: {settings.num_samples} x {settings.sequence_length} tokens from "
+        f"{outcome.counts['prompts_answered']} prompts in "
+        f"{store.dataset_folder(dataset_key)}"
+    )
+    return result
+
+
+class _Writer:
+    """Answers from the log, or else from the generator, which opens when needed."""
+
+    def __init__(
+        self,
+        source: GeneratorSource,
+        settings: Settings,
+        log: CandidateLog,
+        stack: ExitStack,
+    ):
+        self._source = source
+        self._settings = settings
+        self._log = log
+        self._stack = stack
+        self._generator: Generator | None = None
+
+    def candidates(
+        self, prompts: Sequence[Prompt], index: int, progress: tqdm
+    ) -> list[Candidate]:
+        """Candidate ``index`` of each prompt of a batch."""
+        stored = [self._log.get(prompt.id, index) for prompt in prompts]
+        known = [candidate for candidate in stored if candidate is not None]
+        if len(known) == len(prompts):
+            return known
+        if self._generator is None:
+            self._generator = self._stack.enter_context(self._source.open())
+        which = f"candidate {index + 1}/{self._settings.num_candidates}"
+        steps = iter(range(1, self._settings.sampling.max_new_tokens + 1))
+
+        def show(live: int) -> None:
+            progress.set_postfix_str(f"{which}, step {next(steps)}, {live} rows")
+
+        draws = self._generator.answer(
+            [prompt.generator_ids for prompt in prompts],
+            [row_seed(self._settings.seed, prompt.id, index) for prompt in prompts],
+            self._settings.sampling,
+            show,
+        )
+        made = [
+            Candidate(
+                prompt.id,
+                index,
+                draw.ids,
+                draw.finished,
+                sum(draw.logprobs) / len(draw.logprobs),
+            )
+            for prompt, draw in zip(prompts, draws, strict=True)
+        ]
+        self._log.append(made)
+        return made
+
+
+def _collect(
+    seeds: Sequence[Seed],
+    source: GeneratorSource,
+    settings: Settings,
+    talk: Conversation,
+    writer: _Writer,
+) -> _Outcome:
+    outcome = _Outcome()
+    specials = control_ids(talk.target)
+    end_id = end_of_turn_id(talk.target)
+    with tqdm(
+        total=settings.token_budget, unit="tok", desc="FAQ: regenerating"
+    ) as progress:
+        for batch in batches(seeds, settings):
+            asked = [prepare(seed, number, talk) for seed, number in batch]
+            prompts = [p for p in asked if fits(p, source.context_length, settings)]
+            outcome.counts["prompts_too_long"] += len(asked) - len(prompts)
+            if not prompts:
+                continue
+            passes = [
+                writer.candidates(prompts, index, progress)
+                for index in range(settings.num_candidates)
+            ]
+            before = outcome.tokens
+            for prompt, group in zip(prompts, zip(*passes, strict=True), strict=True):
+                _compete(prompt, group, source, settings, talk, specials, end_id, outcome)
+            progress.update(outcome.tokens - before)
+            if outcome.counts["prompts_answered"] >= _ENOUGH_PROMPTS:
+                _check_fallbacks(outcome, settings)
+            if outcome.tokens >= settings.token_budget:
+                break
+    _check_fallbacks(outcome, settings)
+    if outcome.tokens < settings.token_budget:
+        raise RegenerationError(
+            f"FAQModifier: {len(seeds)} seeds gave {outcome.tokens} tokens, "
+            f"{settings.num_samples} x {settings.sequence_length} = "
+            f"{settings.token_budget} are needed. Give more seeds, or lower "
+            "num_samples or sequence_length."
+        )
+    return outcome
+
+
+def _compete(
+    prompt: Prompt,
+    group: Sequence[Candidate],
+    source: GeneratorSource,
+    settings: Settings,
+    talk: Conversation,
+    specials: frozenset[int],
+    end_id: int | None,
+    outcome: _Outcome,
+) -> None:
+    """Gate a prompt's candidates, choose the winner and add its sample."""
+    outcome.counts["prompts_answered"] += 1
+    bodies = {c.index: _body(prompt, c, source.end_ids) for c in group}
+    contenders = []
+    for candidate in group:
+        body = bodies[candidate.index]
+        outcome.counts["candidates"] += 1
+        outcome.counts["candidates_truncated"] += not candidate.finished
+        outcome.counts["tokens_generated"] += len(candidate.ids)
+        text = (THINK_OPEN if prompt.inside_thinking and not prompt.primed else "") + str(
+            talk.target.decode(body)
+        )
+        failed = failed_gate(
+            body, text, not candidate.finished, specials, settings.gates
+        )
+        if failed is None and normalised(text) in outcome.seen:
+            failed = "duplicate"
+        if failed is not None:
+            outcome.gates[failed] += 1
+            continue
+        outcome.seen.add(normalised(text))
+        contenders.append(
+            Contender(
+                prompt.id,
+                candidate.index,
+                len(body),
+                not candidate.finished,
+                candidate.score,
+            )
+        )
+    if contenders:
+        best = winner(contenders, settings.selector, settings.seed)
+        outcome.counts["selected_truncated"] += best.truncated
+        sample = render(
+            prompt.target_ids, bodies[best.index], None if best.truncated else end_id
+        )
+        _add(outcome, sample)
+        return
+    given = original(prompt.seed, talk, settings.sequence_length)
+    if given is None:
+        outcome.counts["prompts_dropped"] += 1
+        return
+    outcome.counts["prompts_fallback"] += 1
+    _add(outcome, Sample(given, [1] * len(given)))
+
+
+def _add(outcome: _Outcome, sample: Sample) -> None:
+    outcome.samples.append(sample)
+    outcome.counts["tokens_selected"] += len(sample.input_ids)
+
+
+def _body(prompt: Prompt, candidate: Candidate, ends: frozenset[int]) -> list[int]:
+    ids = candidate.ids
+    drawn = ids[:-1] if candidate.finished and ids[-1] in ends else ids
+    return [*prompt.primed, *drawn]
+
+
+def _check_fallbacks(outcome: _Outcome, settings: Settings) -> None:
+    asked = outcome.counts["prompts_answered"]
+    share = outcome.without_answer / max(asked, 1)
+    if asked and share > settings.max_fallback_fraction:
+        reasons = ", ".join(f"{n} x {name}" for name, n in outcome.gates.most_common())
+        raise RegenerationError(
+            f"FAQModifier: {outcome.without_answer} of {asked} prompts "
+            f"({share:.0%}, limit {settings.max_fallback_fraction:.0%}) have no valid "
+            f"answer among {settings.num_candidates} candidates each; gates that "
+            f"fired: {reasons}. Choose a stronger generator, raise num_candidates or "
+            "max_new_tokens, loosen the gate that fires most, or raise "
+            "max_fallback_fraction."
+        )
+
+
+def _candidate_facts(
+    seeds: Sequence[Seed],
+    source: GeneratorSource,
+    settings: Settings,
+    talk: Conversation,
+) -> dict[str, Any]:
+    """What decides the candidates. The number of them, gates and selection do not."""
+    identity = {k: v for k, v in source.identity.items() if k != "name"}
+    return {
+        "generator": identity,
+        "tokenizer": tokenizer_hash(source.tokenizer),
+        "template": template_hash(talk.speaker) if talk.is_chat else None,
+        "target_template": template_hash(talk.target),
+        "enable_thinking": talk.enable_thinking,
+        "seeds": seeds_hash(seeds),
+        "num_seeds": len(seeds),
+        "prompts": PROMPT_VERSION,
+        "wording": wording_hash(),
+        "wrapping": asdict(talk.wrapping),
+        "sampling": asdict(settings.sampling),
+        "end_ids": sorted(source.end_ids),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+
+
+def _dataset_facts(
+    candidate_key: str, target: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, Any]:
+    return {
+        "candidates": candidate_key,
+        "target_tokenizer": tokenizer_hash(target),
+        "settings": asdict(settings),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return dict(_installed(("llmc_faq_slider", "torch", "transformers")))
+
+
+def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed as a package"

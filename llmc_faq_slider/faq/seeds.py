@@ -1,0 +1,166 @@
+"""Seeds: what the generator is asked about, from a file, a hub or token rows."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+SHIPPED = Path(__file__).with_name("seed_prompts.jsonl")
+
+_MESSAGES_COLUMNS = ("messages", "conversations")
+_PROMPT_COLUMNS = ("prompt", "question", "instruction")
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed.
+
+    :param kind: ``prompt`` is a request, ``text`` a passage, ``messages`` a chat
+    :param text: the request or the passage; empty for ``messages``
+    :param messages: the chat as ``(role, content)`` pairs; empty for the others
+    """
+
+    kind: Literal["prompt", "text", "messages"]
+    text: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the content's hash, so order and source do not matter."""
+        content = json.dumps([self.kind, self.text, self.messages], ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def shipped_seeds() -> list[Seed]:
+    """The varied set of prompts that comes with the package."""
+    return load_seeds(str(SHIPPED))
+
+
+def load_seeds(source: str, split: str | None = None) -> list[Seed]:
+    """Read seeds from a local file or from a data set hub.
+
+    Columns, first match wins: ``messages``/``conversations`` (a chat),
+    ``prompt``/``question``/``instruction`` (+ ``input``; a request), ``text`` (a
+    passage). In a ``.txt`` file passages are separated by blank lines.
+
+    :param source: path of a json, jsonl, txt or parquet file, or a hub name
+    :param split: split of a hub data set, "train" when None
+    :return: seeds without repeats, in source order
+    :raises ValueError: for an unknown file type, missing columns or an empty source
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        records = _read_file(path)
+    elif path.suffix in (".json", ".jsonl", ".txt", ".parquet") or path.is_dir():
+        raise ValueError(
+            f"seeds: no file at {source!r}. Give a json, jsonl, txt or parquet file "
+            "or the name of a data set on the hub."
+        )
+    else:
+        records = load_dataset(source, split=split or "train")
+    seeds = [_parse(record, source) for record in records]
+    return _unique(seeds, source)
+
+
+def seeds_from_rows(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[Seed]:
+    """Turn the already tokenised rows of a calibration loader into text seeds.
+
+    A ``datasets.Dataset`` behind the loader is read directly and cut to the loader's
+    size by content hash, so the result does not depend on an unseeded shuffle.
+
+    :param rows: a ``torch.utils.data.DataLoader``
+    :param tokenizer: the tokenizer that made the rows
+    :raises ValueError: when the rows carry no ``input_ids``
+    """
+    stored = rows.dataset
+    if isinstance(stored, Dataset) and "input_ids" in stored.column_names:
+        token_rows = sorted(
+            (list(ids) for ids in stored["input_ids"]),
+            key=lambda ids: hashlib.sha256(repr(ids).encode()).digest(),
+        )[: len(rows.sampler)]
+    else:
+        token_rows = [ids for batch in rows for ids in _unpadded(batch)]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in token_rows]
+    seeds = [Seed("text", text=str(text).strip()) for text in texts]
+    return _unique(seeds, "the data set given to oneshot")
+
+
+def seeds_hash(seeds: Iterable[Seed]) -> str:
+    """Hash of a set of seeds, whatever their order."""
+    return hashlib.sha256("".join(sorted(s.id for s in seeds)).encode()).hexdigest()
+
+
+def _unpadded(batch: Any) -> list[list[int]]:
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(
+            "FAQModifier: the rows of the given data set carry no input_ids, so there "
+            "is no text to regenerate. Give a text data set, or name one in `seeds`."
+        )
+    ids = torch.as_tensor(batch["input_ids"])
+    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    if path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise ValueError(
+                f"seeds: {path} holds a {type(content).__name__}, not a list of records"
+            )
+        return content
+    if path.suffix == ".txt":
+        passages = path.read_text(encoding="utf-8").split("\n\n")
+        return [{"text": passage} for passage in passages]
+    if path.suffix == ".parquet":
+        return Dataset.from_parquet(str(path))
+    raise ValueError(
+        f"seeds: cannot read {path.name}: use a .json, .jsonl, .txt or .parquet file"
+    )
+
+
+def _parse(record: Any, source: str) -> Seed:
+    if isinstance(record, str):
+        return Seed("text", text=record.strip())
+    if not isinstance(record, Mapping):
+        raise ValueError(f"seeds: {source!r} holds a record that is no object")
+    for column in _MESSAGES_COLUMNS:
+        if record.get(column):
+            return Seed("messages", messages=_chat(record[column]))
+    for column in _PROMPT_COLUMNS:
+        if record.get(column):
+            parts = (str(record[column]), str(record.get("input") or ""))
+            return Seed("prompt", text="\n\n".join(p for p in parts if p).strip())
+    if "text" in record:
+        return Seed("text", text=str(record["text"]).strip())
+    raise ValueError(
+        f"seeds: {source!r} has the columns {sorted(record)}; expected one of "
+        f"{', '.join((*_MESSAGES_COLUMNS, *_PROMPT_COLUMNS, 'text'))}"
+    )
+
+
+def _chat(turns: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    chat = []
+    for turn in turns:
+        role = str(turn.get("role") or turn.get("from"))
+        content = turn.get("content") or turn.get("value") or ""
+        chat.append((_ROLES.get(role, role), str(content)))
+    return tuple(chat)
+
+
+def _unique(seeds: Iterable[Seed], source: str) -> list[Seed]:
+    filled = [s for s in seeds if s.text or any(r == "user" for r, _ in s.messages)]
+    unique = list({seed.id: seed for seed in filled}.values())
+    if not unique:
+        raise ValueError(f"seeds: {source!r} holds no text to regenerate from")
+    return unique

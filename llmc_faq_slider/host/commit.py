@@ -1,0 +1,93 @@
+"""Writes folded layers into the model, exactly as the checkpoint will restore them.
+
+Private upstream API: none. ``update_offload_parameter`` and ``quantize`` /
+``dequantize`` are public functions of compressed-tensors.
+"""
+
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from torch import Tensor, nn
+
+from llmc_faq_slider.slider.student import FoldedLayer, FoldedLinear
+
+__all__ = ["commit_layer", "commit_linear"]
+
+
+@torch.no_grad()
+def commit_layer(layer: nn.Module, folded: FoldedLayer) -> None:
+    """Write folded linears and norms of one decoder layer into its modules."""
+    for name, linear in folded.linears.items():
+        commit_linear(layer.get_submodule(name), linear)
+    for name, weight in folded.norms.items():
+        norm = layer.get_submodule(name)
+        assert isinstance(norm.weight, Tensor)
+        update_offload_parameter(norm, "weight", weight.to(norm.weight.dtype))
+
+
+@torch.no_grad()
+def commit_linear(module: nn.Module, folded: FoldedLinear) -> None:
+    """
+    Write scale, zero point, and the weight on their grid.
+
+    The codes are computed in fp32 from the learned weight. Saving computes them again
+    from the stored weight, in the weight's dtype; where that would give another code,
+    the stored weight moves to the neighbouring number that gives the right one. The
+    module computes with ``code * scale`` either way.
+
+    :raises RuntimeError: if a code cannot be restored from any stored weight
+    """
+    args: QuantizationArgs = module.quantization_scheme.weights  # type: ignore
+    stored = module.weight
+    assert isinstance(stored, Tensor)
+    scale = folded.scale.to(module.weight_scale.dtype)  # type: ignore[union-attr]
+    zero_point = (
+        torch.zeros_like(folded.scale)
+        if folded.zero_point is None
+        else folded.zero_point
+    )
+    codes = quantize(folded.weight, scale.float(), zero_point, args)
+    weight = dequantize(codes, scale, zero_point, args, dtype=stored.dtype)
+    zero_point = zero_point.to(module.weight_zero_point.dtype)  # type: ignore
+    weight = _restorable(weight, codes, scale, zero_point, args)
+
+    update_offload_parameter(module, "weight_scale", scale)
+    update_offload_parameter(module, "weight_zero_point", zero_point)
+    update_offload_parameter(module, "weight", weight)
+    if folded.bias is not None:
+        bias = module.bias
+        assert isinstance(bias, Tensor)
+        update_offload_parameter(module, "bias", folded.bias.to(bias.dtype))
+
+
+def _restorable(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    args: QuantizationArgs,
+) -> Tensor:
+    def lost(candidate: Tensor) -> Tensor:
+        return quantize(candidate, scale, zero_point, args).float() != codes
+
+    wrong = lost(weight)
+    if not wrong.any():
+        return weight
+    result = weight.clone()
+    for direction in (torch.inf, -torch.inf):
+        neighbour = weight
+        for _ in range(2):
+            neighbour = torch.nextafter(
+                neighbour, torch.full_like(neighbour, direction)
+            )
+            fixed = wrong & ~lost(neighbour)
+            result = torch.where(fixed, neighbour, result)
+            wrong = wrong & ~fixed
+    if wrong.any():
+        raise RuntimeError(
+            f"{int(wrong.sum())} of {wrong.numel()} integer codes would change when "
+            f"the checkpoint is saved in {weight.dtype}. Load the model in float32 or "
+            "use fewer weight bits."
+        )
+    return result

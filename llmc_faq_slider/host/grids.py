@@ -1,0 +1,105 @@
+"""Reads number formats from compressed-tensors schemes, for learning on them."""
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
+
+from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
+from llmc_faq_slider.slider.student import LinearGrids
+
+__all__ = ["linear_grids", "needs_pack_quantized"]
+
+
+def linear_grids(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> LinearGrids:
+    """
+    Number formats of a linear under ``scheme``.
+
+    :param scale_dtype: dtype in which the checkpoint stores weight scales
+    :raises ValueError: if SliderQuant cannot learn the scheme
+    """
+    weights, inputs = scheme.weights, scheme.input_activations
+    if (
+        weights is None
+        or weights.type != QuantizationType.INT
+        or not 2 <= weights.num_bits <= 8
+        or weights.strategy
+        not in (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
+    ):
+        raise ValueError(
+            "SliderQuant learns integer weights of 2 to 8 bits with one scale per "
+            f"channel or group; the recipe asks for {_describe(weights)}. Use "
+            "QuantizationModifier for other formats."
+        )
+    if scheme.output_activations is not None:
+        raise ValueError(
+            "SliderQuant does not quantise output activations; the recipe asks for "
+            f"{_describe(scheme.output_activations)}. Leave output_activations out."
+        )
+    activation_grid = None if inputs is None else _activation_grid(inputs)
+    group_size = (
+        weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
+    )
+    weight_grid = WeightGrid(
+        num_bits=weights.num_bits,
+        symmetric=weights.symmetric,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        fp8_scales=_is_w4afp8(scheme),
+    )
+    return LinearGrids(weight_grid, activation_grid)
+
+
+def _activation_grid(inputs: QuantizationArgs) -> ActivationGrid:
+    is_float = inputs.type == QuantizationType.FLOAT
+    if (
+        inputs.strategy != QuantizationStrategy.TOKEN
+        or inputs.dynamic is not True
+        or inputs.num_bits not in ((8,) if is_float else (4, 8))
+    ):
+        raise ValueError(
+            "SliderQuant learns with dynamic per-token inputs in int4, int8 or fp8; "
+            f"the recipe asks for {_describe(inputs)}. Set strategy: token and "
+            "dynamic: true."
+        )
+    return ActivationGrid(inputs.num_bits, inputs.symmetric, is_float)
+
+
+def _is_w4afp8(scheme: QuantizationScheme) -> bool:
+    """Whether vLLM's CUTLASS W4A8-FP8 kernel takes it and stores its scales in FP8."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    return (
+        weights is not None
+        and inputs is not None
+        and inputs.type == QuantizationType.FLOAT
+        and weights.num_bits == 4
+        and weights.symmetric
+        and weights.strategy == QuantizationStrategy.GROUP
+    )
+
+
+def needs_pack_quantized(scheme: QuantizationScheme) -> bool:
+    """
+    Whether ``format`` must be set for vLLM's GPU kernels to take the checkpoint.
+
+    compressed-tensors infers ``int-quantized`` for low-bit weights with quantised
+    inputs, which no GPU kernel of vLLM loads.
+    """
+    return (
+        scheme.format is None
+        and scheme.weights is not None
+        and scheme.weights.type == QuantizationType.INT
+        and scheme.weights.num_bits < 8
+    )
+
+
+def _describe(args: QuantizationArgs | None) -> str:
+    if args is None:
+        return "no weight quantisation"
+    return (
+        f"{args.type}{args.num_bits}, strategy {args.strategy}, "
+        f"dynamic {args.dynamic}"
+    )

@@ -1,0 +1,1 @@
+"""SliderQuant: learned quantisation in windows that slide over the decoder layers."""

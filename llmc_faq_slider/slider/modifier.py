@@ -1,0 +1,231 @@
+"""``SliderQuantModifier``: sliding-window learned quantisation as a recipe stage."""
+
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.utils.dev import get_main_device
+from llmcompressor.utils.helpers import DisableQuantization
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import nn
+
+from llmc_faq_slider.host.checks import (
+    check_other_stages,
+    check_turn,
+    targeted_linears,
+)
+from llmc_faq_slider.host.commit import commit_layer
+from llmc_faq_slider.host.decoder import (
+    calibration_rows,
+    decoder_layers,
+    split_targets,
+)
+from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
+from llmc_faq_slider.host.postconditions import check_committed, check_losses
+from llmc_faq_slider.slider.learner import (
+    LearningSettings,
+    WindowResult,
+    learn_windows,
+)
+from llmc_faq_slider.slider.stream import capture_decoder
+from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
+from llmc_faq_slider.slider.windows import window_schedule
+
+__all__ = ["SliderQuantModifier"]
+
+
+class SliderQuantModifier(Modifier, QuantizationMixin):
+    """
+    Learned post-training quantisation in windows that slide over the decoder layers
+    (SliderQuant, https://arxiv.org/abs/2603.25284). Growing windows cover the shallow
+    layers, windows of fixed size the middle, shrinking windows the deep layers. Each
+    window learns a low-rank weight update, clipping of the weight ranges and channel
+    scales, so that its quantised output matches full precision, and everything folds
+    into plain weights, scales and zero points.
+
+    Schemes: integer weights of 2 to 8 bits, symmetric or asymmetric, per channel or per
+    group; inputs unquantised, or dynamic per token in int8, int4 or fp8. Formats are
+    written as in every llm-compressor stage, by ``scheme`` or ``config_groups``. Where
+    ``format`` is not given, integer weights below 8 bits are saved ``pack-quantized``.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      slider_modifiers:
+        SliderQuantModifier:
+          targets: ["Linear"]
+          ignore: ["lm_head"]
+          scheme: W4A16
+          epochs: 10
+          batch_size: 4
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - check the recipe and the targets
+        - attach schemes to modules
+    - on_calibration_start
+        - read the calibration rows that stand at this point of the recipe
+        - learn window after window, commit each layer after its last visit
+        - check the result
+    - on_calibration_end
+        - freeze the modules' quantisation
+
+    :param shallow_layers: number of growing windows L_s, 0 for none
+    :param deep_layers: number of shrinking windows L_d, 0 for none
+    :param window_size: layers per fixed window s
+    :param window_stride: layers by which a fixed window moves, i
+    :param ratio: intra-layer ratio γ; a window is trained in 1/γ stages that quantise
+        γ, 2γ, ... of the input channels of every matrix; 1.0 for one stage
+    :param stage_order: ``window`` runs all stages inside each window (the paper);
+        ``sweep`` runs one pass over all windows per stage (the released code), and
+        keeps the learned tensors of all layers in memory
+    :param epochs: passes over the calibration rows per window, shared by its stages
+    :param batch_size: calibration rows per optimiser step
+    :param low_rank: rank of the weight update, 0 for none
+    :param channel_scales: learn channel scales where they fold exactly
+    :param low_rank_lr: AdamW's first learning rate for the low-rank update
+    :param clipping_lr: the same for the clipping logits
+    :param channel_scale_lr: the same for the channel scales
+    :param compute_dtype: dtype of the student's matrix products; learned tensors, loss
+        and rounding are always fp32
+    :param seed: seeds the low-rank starts and the order of rows
+    """
+
+    shallow_layers: int = Field(default=4, ge=0)
+    deep_layers: int = Field(default=4, ge=0)
+    window_size: int = Field(default=2, ge=1)
+    window_stride: int = Field(default=1, ge=1)
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    stage_order: Literal["window", "sweep"] = "window"
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    low_rank: int = Field(default=4, ge=0)
+    channel_scales: bool = True
+    low_rank_lr: float = Field(default=1e-3, ge=0)
+    clipping_lr: float = Field(default=1e-2, ge=0)
+    channel_scale_lr: float = Field(default=1e-3, ge=0)
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+
+    _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
+    _results: list[WindowResult] = PrivateAttr(default_factory=list)
+
+    @property
+    def results(self) -> list[WindowResult]:
+        """What each window of the last run reached."""
+        return self._results
+
+    def resolve_quantization_config(self) -> QuantizationConfig:
+        """The recipe's scheme, with the format that vLLM's kernels need."""
+        config = super().resolve_quantization_config()
+        for scheme in config.config_groups.values():
+            assert isinstance(scheme, QuantizationScheme)
+            if needs_pack_quantized(scheme):
+                scheme.format = "pack-quantized"  # type: ignore[assignment]
+        return config
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        if not self.has_config():
+            raise ValueError(
+                "SliderQuantModifier has no number format. Set scheme (such as W4A16) "
+                "or config_groups."
+            )
+        window_schedule(1, window_size=self.window_size, window_stride=self.window_stride)
+        check_other_stages(state.model, self)
+        self._sequential_targets = kwargs.get("sequential_targets")
+        self.initialize_quantization(state.model)
+        self._grids(state.model)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        check_turn(self)
+        model: nn.Module = state.model
+        if state.data is None or state.data.calib is None:
+            raise ValueError(
+                "SliderQuantModifier needs calibration data and found none. Give "
+                "oneshot a data set, or put a FAQModifier before it."
+            )
+        rows = calibration_rows(state.data.calib)
+        layers = [layer for _, layer in decoder_layers(model, self._sequential_targets)]
+        grids = self._grids(model)
+        targets = targeted_linears(model, self)
+        committed: set[nn.Module] = set()
+
+        def commit(index: int, folded: FoldedLayer) -> None:
+            commit_layer(layers[index], folded)
+            committed.update(layers[index].get_submodule(n) for n in folded.linears)
+
+        device = get_main_device()
+        training = model.training
+        model.eval()
+        with DisableQuantization(model):
+            hidden, calls = capture_decoder(model, layers, rows, device)
+            windows = window_schedule(
+                len(layers),
+                self.shallow_layers,
+                self.deep_layers,
+                self.window_size,
+                self.window_stride,
+            )
+            logger.info(
+                f"SliderQuant: {len(targets)} linears in {len(layers)} layers, "
+                f"{len(windows)} windows, {sum(map(len, rows))} calibration tokens in "
+                f"{len(rows)} rows"
+            )
+            self._results = learn_windows(
+                calls, hidden, grids, windows, self._settings(), device, commit
+            )
+        model.train(training)
+        check_losses(self._results)
+        check_committed(targets, {n for n, m in targets.items() if m in committed})
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.end_calibration(state.model)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        return True
+
+    def _grids(self, model: nn.Module) -> dict[int, dict[str, LinearGrids]]:
+        """Number formats by layer index and name within the layer."""
+        layers = decoder_layers(model, self._sequential_targets)
+        inside, outside = split_targets(layers, targeted_linears(model, self))
+        if outside:
+            raise ValueError(
+                "SliderQuant quantises linears inside the decoder layers; the targets "
+                f"also match {', '.join(outside)}. Add "
+                f"{'it' if len(outside) == 1 else 'them'} to ignore."
+            )
+        return {
+            index: {
+                name: linear_grids(
+                    module.quantization_scheme,  # type: ignore[arg-type]
+                    module.weight_scale.dtype,  # type: ignore[union-attr, arg-type]
+                )
+                for name, module in modules.items()
+            }
+            for index, modules in inside.items()
+        }
+
+    def _settings(self) -> LearningSettings:
+        return LearningSettings(
+            ratio=self.ratio,
+            stage_order=self.stage_order,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            low_rank=self.low_rank,
+            channel_scales=self.channel_scales,
+            learning_rates={
+                "low_rank": self.low_rank_lr,
+                "clipping": self.clipping_lr,
+                "channel_scale": self.channel_scale_lr,
+            },
+            compute_dtype=getattr(torch, self.compute_dtype),
+            seed=self.seed,
+        )

@@ -1,0 +1,282 @@
+"""A decoder layer while it learns: its own modules with quantised, learnable linears.
+
+The student shares all modules with the teacher. While :meth:`StudentLayer.installed` is
+active the layer's linears compute with fake-quantised folded weights and inputs, and its
+norms with their divided gains; outside it the layer is the full-precision teacher.
+:meth:`StudentLayer.fold` returns the plain tensors that a checkpoint stores.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmc_faq_slider.slider.learnables import (
+    ChannelScale,
+    Clipping,
+    Kind,
+    LowRank,
+    NormChannelScale,
+)
+from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
+from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
+
+__all__ = ["FoldedLayer", "FoldedLinear", "LinearGrids", "StudentLayer"]
+
+Learnable = LowRank | Clipping | ChannelScale | NormChannelScale
+
+
+@dataclass(frozen=True)
+class LinearGrids:
+    """Number formats of one linear; ``input`` None keeps its input as it is."""
+
+    weight: WeightGrid
+    input: ActivationGrid | None
+
+
+@dataclass
+class FoldedLinear:
+    """
+    What the checkpoint stores of one linear, all fp32.
+
+    ``weight`` ``[out, in]`` is not yet rounded to the grid that ``scale`` and
+    ``zero_point`` ``[out, groups]`` span.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+@dataclass
+class FoldedLayer:
+    """Folded tensors by submodule name; ``norms`` holds new stored norm weights."""
+
+    linears: dict[str, FoldedLinear]
+    norms: dict[str, Tensor]
+
+
+class StudentLinear:
+    """One quantised linear: fixed fp32 weight and bias, and what is learned on it."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        grids: LinearGrids,
+        importance: Tensor,
+        rank: int,
+        generator: torch.Generator,
+    ):
+        self.module = module
+        self.grids = grids
+        self.weight = module.weight.detach().float()
+        self.bias = None if module.bias is None else module.bias.detach().float()
+        self.low_rank = LowRank(self.weight, rank, generator) if rank else None
+        self.clipping = Clipping(self.weight, grids.weight, importance)
+        self.input_scale: ChannelScale | NormChannelScale | None = None
+        self.output_scale: ChannelScale | None = None
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """
+        Weight ``[out, in]`` with scales and low-rank update, and bias ``[out]``.
+
+        Eq. (2): the scales come first, the update is added to the scaled weight.
+        """
+        weight, bias = self.weight, self.bias
+        if self.input_scale is not None:
+            weight = weight * self.input_scale.multiplier()
+        if self.output_scale is not None:
+            divisor = self.output_scale.divisor()
+            weight = weight / divisor.unsqueeze(1)
+            bias = None if bias is None else bias / divisor
+        if self.low_rank is not None:
+            weight = self.low_rank.apply(weight)
+        return weight, bias
+
+    def quantized(self, ratio: float) -> tuple[Tensor, Tensor | None]:
+        """Folded weight on its grid (leading columns only below ratio 1), and bias."""
+        weight, bias = self.folded()
+        scale, zero_point = self.clipping.apply(weight)
+        weight = self.grids.weight.fake_quantize(weight, scale, zero_point, ratio)
+        return weight, bias
+
+
+class StudentLayer:
+    """
+    :param layer: decoder layer, called as transformers calls it
+    :param grids: number formats by name of linear, relative to the layer
+    :param importance: mean square of each input channel ``[in]`` by name of linear
+    :param rank: rank of the low-rank update; 0 leaves it out
+    :param channel_scales: learn channel scales at the places where they fold
+    :param generator: seeds the low-rank update
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        grids: dict[str, LinearGrids],
+        importance: dict[str, Tensor],
+        rank: int,
+        channel_scales: bool,
+        generator: torch.Generator,
+    ):
+        self.layer = layer
+        self.linears = {
+            name: StudentLinear(
+                layer.get_submodule(name),  # type: ignore[arg-type]
+                grids[name],
+                importance[name],
+                rank,
+                generator,
+            )
+            for name in grids
+        }
+        self.norm_scales: dict[str, NormChannelScale] = {}
+        self.channel_scales: list[ChannelScale] = []
+        if channel_scales:
+            for place in fold_places(layer, set(grids)):
+                self._add_scale(place)
+
+    def _add_scale(self, place: Place) -> None:
+        scale: ChannelScale | NormChannelScale
+        if place.source_is_norm:
+            norm = self.layer.get_submodule(place.source)
+            offset = norm_offset(norm)
+            if offset is None:
+                return
+            assert isinstance(norm.weight, Tensor)
+            scale = self.norm_scales[place.source] = NormChannelScale(
+                norm.weight, offset
+            )
+        else:
+            producer = self.linears[place.source]
+            consumer = self.linears[place.consumers[0]]
+            channels, inputs = producer.weight.shape[0], consumer.weight.shape[1]
+            head_dim = None
+            if place.source.endswith("v_proj"):
+                head_dim = self.layer.get_submodule("self_attn").head_dim
+            scale = ChannelScale(
+                channels,
+                producer.weight.device,
+                head_dim,  # type: ignore[arg-type]
+                inputs // channels,
+            )
+            producer.output_scale = scale
+            self.channel_scales.append(scale)
+        for name in place.consumers:
+            self.linears[name].input_scale = scale
+
+    def learnables(self) -> list[Learnable]:
+        found: list[Learnable] = [*self.norm_scales.values(), *self.channel_scales]
+        for linear in self.linears.values():
+            found.append(linear.clipping)
+            if linear.low_rank is not None:
+                found.append(linear.low_rank)
+        return found
+
+    def parameters(self, kind: Kind) -> list[Tensor]:
+        return [
+            parameter
+            for learnable in self.learnables()
+            if learnable.kind == kind
+            for parameter in learnable.parameters()
+        ]
+
+    def state(self) -> list[Tensor]:
+        """Copies of all learned tensors, for :meth:`restore`."""
+        return [
+            parameter.detach().clone()
+            for learnable in self.learnables()
+            for parameter in learnable.parameters()
+        ]
+
+    @torch.no_grad()
+    def restore(self, state: list[Tensor]) -> None:
+        parameters = [p for x in self.learnables() for p in x.parameters()]
+        for parameter, saved in zip(parameters, state, strict=True):
+            parameter.copy_(saved)
+
+    @contextmanager
+    def installed(self, ratio: float, dtype: torch.dtype) -> Iterator[None]:
+        """
+        Make the layer's modules compute as the quantised student.
+
+        :param ratio: intra-layer ratio; 0 quantises nothing (folds only)
+        :param dtype: dtype of the matrix products
+        """
+        forwards = {}
+        handles = []
+        inputs = _QuantizedInputs(ratio)
+        for linear in self.linears.values():
+            forwards[linear.module] = linear.module.__dict__.get("forward")
+            linear.module.forward = quantized_forward(  # type: ignore[method-assign]
+                linear, ratio, dtype, inputs
+            )
+        for name, norm_scale in self.norm_scales.items():
+            norm = self.layer.get_submodule(name)
+            handles.append(
+                norm.register_forward_hook(divide_output(norm_scale.multiplier()))
+            )
+        try:
+            yield
+        finally:
+            for module, forward in forwards.items():
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.forward = forward
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def fold(self) -> FoldedLayer:
+        """What was learned, as the tensors that the checkpoint will hold."""
+        linears = {}
+        for name, linear in self.linears.items():
+            weight, bias = linear.folded()
+            scale, zero_point = linear.clipping.apply(weight)
+            linears[name] = FoldedLinear(weight, bias, scale, zero_point)
+        norms = {name: scale.folded() for name, scale in self.norm_scales.items()}
+        return FoldedLayer(linears, norms)
+
+
+class _QuantizedInputs:
+    """Quantises a linear's input once for all linears that read it in turn."""
+
+    def __init__(self, ratio: float):
+        self.ratio = ratio
+        self.latest: tuple[Tensor, ActivationGrid, Tensor] | None = None
+
+    def __call__(self, x: Tensor, grid: ActivationGrid | None) -> Tensor:
+        if grid is None or not self.ratio:
+            return x
+        if self.latest is None or self.latest[0] is not x or self.latest[1] != grid:
+            self.latest = (x, grid, grid.fake_quantize(x, self.ratio))
+        return self.latest[2]
+
+
+def quantized_forward(
+    linear: StudentLinear, ratio: float, dtype: torch.dtype, inputs: _QuantizedInputs
+) -> Any:
+    """Forward of an ``nn.Linear`` with the student's weight, bias and input grid."""
+    weight, bias = linear.quantized(ratio) if ratio else linear.folded()
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        quantized = inputs(x, linear.grids.input).to(dtype)
+        return F.linear(quantized, weight, bias).to(x.dtype)
+
+    return forward
+
+
+def divide_output(divisor: Tensor) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return (output.float() / divisor).to(output.dtype)
+
+    return hook

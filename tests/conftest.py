@@ -1,0 +1,42 @@
+"""Settings of every test: one thread, fixed seeds, no model hub."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before torch and the Hugging Face libraries are imported: they read these once. One
+# thread, so that results do not depend on the machine and tests run next to other work.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The smaller model of the tiny family."""
+    return TESTS / "models" / "small"
+
+
+@pytest.fixture(scope="session")
+def large_model() -> Path:
+    """The larger sibling, with the same tokenizer."""
+    return TESTS / "models" / "large"

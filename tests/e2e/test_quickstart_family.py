@@ -1,0 +1,120 @@
+"""The quickstart from end to end on the tiny family, vLLM on the CPU included."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import disable_quantization
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmc_faq_slider.report.server import Server, serve
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVE_ENV = ROOT / ".venv-serve"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the quickstart printed and wrote."""
+
+    printed: str
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def serve_env() -> Path:
+    unsupported = SERVE_ENV / "unsupported"
+    if unsupported.exists():
+        pytest.skip(unsupported.read_text().strip())
+    assert (SERVE_ENV / ".ready").exists(), "run `make serve-env` first"
+    return SERVE_ENV
+
+
+@pytest.fixture(scope="module")
+def quickstart(
+    serve_env: Path, small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    output = tmp_path_factory.mktemp("quickstart")
+    done = subprocess.run(
+        [
+            *(sys.executable, "scripts/quickstart.py"),
+            *("--model", str(small_model), "--output", str(output)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return Run(done.stdout, output / "small" / "faq_slider_w4a8_g64")
+
+
+@pytest.fixture(scope="module")
+def server(quickstart: Run, serve_env: Path) -> Iterator[Server]:
+    log = quickstart.checkpoint.parent / "vllm.log"
+    with serve(quickstart.checkpoint, serve_env, log, max_model_len=512) as server:
+        yield server
+
+
+def test_prints_table_and_answer(quickstart: Run) -> None:
+    perplexities = {
+        name: float(value)
+        for name, value in re.findall(
+            r"│ (full precision|round to nearest|ours) +│ ([\d.]+) ", quickstart.printed
+        )
+    }
+    assert perplexities.keys() == {"full precision", "round to nearest", "ours"}
+    assert perplexities["ours"] < 1.1 * perplexities["full precision"]
+    # The answer is on the lines between the question and the remark in brackets.
+    answer = re.search(
+        r"capital of France\?\n(.+?)\n\(On a CPU", quickstart.printed, re.S
+    )
+    assert answer and answer.group(1).strip()
+
+
+def test_answers_over_chat(server: Server) -> None:
+    assert server.chat("Tell me about the weather.", max_tokens=16).strip()
+
+
+@pytest.mark.parametrize(
+    ("activations", "mean_tolerance", "max_tolerance"),
+    [
+        # The same arithmetic as vLLM's kernel but for bf16 rounding.
+        pytest.param("bf16", 0.01, 0.15, id="weights-only"),
+        # As the checkpoint declares it, which vLLM on a CPU does not do.
+        pytest.param("int8", 0.03, 0.5, id="with-activation-quantisation"),
+    ],
+)
+def test_served_logprobs_match_reload(
+    server: Server,
+    quickstart: Run,
+    activations: str,
+    mean_tolerance: float,
+    max_tolerance: float,
+) -> None:
+    """Per-token log-probabilities of vLLM and of the checkpoint in transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.checkpoint)
+    text = next((ROOT / "tests" / "data" / "heldout").glob("*.txt")).read_text()
+    ids = tokenizer(text[:4000]).input_ids[:256]
+    model = AutoModelForCausalLM.from_pretrained(quickstart.checkpoint, dtype="auto")
+    if activations == "bf16":
+        # The weights lie on their grid already, so only activations are affected.
+        model.apply(disable_quantization)
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    expected = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+    difference = (torch.tensor(server.prompt_logprobs(ids)) - expected[:, 0]).abs()
+
+    print(f"mean {difference.mean():.4f}, max {difference.max():.4f}")
+    assert difference.mean() < mean_tolerance
+    assert difference.max() < max_tolerance
