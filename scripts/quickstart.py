@@ -84,6 +84,8 @@ def main(
     if not model or Path(model).is_dir():
         # Has to be set before the first import of a Hugging Face library.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    # Generated calibration data is kept here too, for the next run.
+    os.environ.setdefault("LLMC_FAQ_SLIDER_CACHE", str(CACHE / "llmc_faq_slider"))
     timer = Timer()
     if since is not None:
         timer.steps["Install"] = time.time() - since

@@ -23,6 +23,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps what the data stage stores out of the home folder and of other runs."""
+    os.environ["LLMC_FAQ_SLIDER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)

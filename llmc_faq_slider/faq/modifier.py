@@ -9,7 +9,11 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmc_faq_slider.faq.generators import (
     GeneratorSource,
@@ -32,6 +36,7 @@ from llmc_faq_slider.faq.settings import (
 from llmc_faq_slider.faq.store import Store
 from llmc_faq_slider.host.calibration_data import (
     Handoff,
+    count_weights,
     full_precision,
     plain_weights,
 )
@@ -94,7 +99,8 @@ class FAQModifier(Modifier):
     :param top_p: nucleus share in (0, 1]. None: the generator's own, else 0.8 (0.95)
     :param top_k: most likely ids to draw from, 0 for all. None: the generator's own,
         else 20
-    :param batch_size: prompts per generation batch. None: 64
+    :param batch_size: prompts per generation batch. None: 64 with an accelerator, 32
+        without
     :param selector: who wins a group: ``expert_nll`` (highest mean log-probability
         under the generator), ``random`` or ``longest``
     :param chain_of_thought: have the reasoning written before the answer, by the
@@ -177,16 +183,16 @@ class FAQModifier(Modifier):
         return load_seeds(self.seeds, self.seeds_split)
 
     def _source(
-        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> GeneratorSource:
         if self.generator == "self":
             fingerprint = weights_fingerprint(plain_weights(model))
             plain = partial(full_precision, model)
             return self_source(model, tokenizer, fingerprint, plain)
-        size = sum(weight.numel() for _, weight in plain_weights(model))
+        size = count_weights(model)
         return sibling_source(self.generator, model.config, tokenizer, size)
 
-    def _settings(self, model: torch.nn.Module, source: GeneratorSource) -> Settings:
+    def _settings(self, model: PreTrainedModel, source: GeneratorSource) -> Settings:
         """Fill in what was left open, and say so."""
         accelerated = torch.accelerator.is_available()
         sizes = ACCELERATOR_SIZES if accelerated else CPU_SIZES
@@ -231,7 +237,7 @@ class FAQModifier(Modifier):
         return os.path.join(base, "faq")
 
 
-def _load_tokenizer(model: torch.nn.Module) -> PreTrainedTokenizerBase:
+def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     name = model.config.name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

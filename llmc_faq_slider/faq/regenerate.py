@@ -1,17 +1,16 @@
 """The stage as one function: seeds in, packed calibration rows out."""
 
 import importlib.metadata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmc_faq_slider.faq.gates import failed_gate, normalised
+from llmc_faq_slider.faq.competition import Competition, Outcome, RegenerationError
 from llmc_faq_slider.faq.generators import Generator, GeneratorSource
 from llmc_faq_slider.faq.identity import tokenizer_hash
 from llmc_faq_slider.faq.packing import pack
@@ -21,21 +20,12 @@ from llmc_faq_slider.faq.preparation import (
     batches,
     conversation,
     fits,
-    original,
     prepare,
 )
 from llmc_faq_slider.faq.prompts import PROMPT_VERSION, wording_hash
-from llmc_faq_slider.faq.rendering import (
-    THINK_OPEN,
-    Sample,
-    control_ids,
-    end_of_turn_id,
-    render,
-    template_hash,
-)
+from llmc_faq_slider.faq.rendering import template_hash
 from llmc_faq_slider.faq.sampling import row_seed
 from llmc_faq_slider.faq.seeds import Seed, seeds_hash
-from llmc_faq_slider.faq.selection import Contender, winner
 from llmc_faq_slider.faq.settings import Settings
 from llmc_faq_slider.faq.store import (
     CalibrationSet,
@@ -47,28 +37,6 @@ from llmc_faq_slider.faq.store import (
 
 #: prompts to judge by before a run that mostly fails is stopped early
 _ENOUGH_PROMPTS = 64
-
-
-class RegenerationError(RuntimeError):
-    """The generator did not yield enough valid data."""
-
-
-@dataclass
-class _Outcome:
-    """What the loop over batches has gathered so far."""
-
-    samples: list[Sample] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
-    counts: Counter[str] = field(default_factory=Counter)
-    gates: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def tokens(self) -> int:
-        return self.counts["tokens_selected"]
-
-    @property
-    def without_answer(self) -> int:
-        return self.counts["prompts_dropped"] + self.counts["prompts_fallback"]
 
 
 def regenerate(
@@ -159,7 +127,9 @@ class _Writer:
         steps = iter(range(1, self._settings.sampling.max_new_tokens + 1))
 
         def show(live: int) -> None:
-            progress.set_postfix_str(f"{which}, step {next(steps)}, {live} rows")
+            step = f"{which}, step {next(steps)}, {live} rows"
+            progress.set_postfix_str(step, refresh=False)
+            progress.update(0)
 
         draws = self._generator.answer(
             [prompt.generator_ids for prompt in prompts],
@@ -187,12 +157,15 @@ def _collect(
     settings: Settings,
     talk: Conversation,
     writer: _Writer,
-) -> _Outcome:
-    outcome = _Outcome()
-    specials = control_ids(talk.target)
-    end_id = end_of_turn_id(talk.target)
+) -> Outcome:
+    """Winners' samples, at least N x L tokens of them."""
+    competition = Competition(talk, settings, source.end_ids)
+    outcome = competition.outcome
     with tqdm(
-        total=settings.token_budget, unit="tok", desc="FAQ: regenerating"
+        total=settings.token_budget,
+        unit="tok",
+        desc="FAQ: regenerating",
+        mininterval=1.0,
     ) as progress:
         for batch in batches(seeds, settings):
             asked = [prepare(seed, number, talk) for seed, number in batch]
@@ -204,15 +177,14 @@ def _collect(
                 writer.candidates(prompts, index, progress)
                 for index in range(settings.num_candidates)
             ]
-            before = outcome.tokens
             for prompt, group in zip(prompts, zip(*passes, strict=True), strict=True):
-                _compete(prompt, group, source, settings, talk, specials, end_id, outcome)
-            progress.update(outcome.tokens - before)
+                competition.hold(prompt, group)
+            progress.update(min(outcome.tokens, settings.token_budget) - progress.n)
             if outcome.counts["prompts_answered"] >= _ENOUGH_PROMPTS:
-                _check_fallbacks(outcome, settings)
+                competition.check_fallbacks()
             if outcome.tokens >= settings.token_budget:
                 break
-    _check_fallbacks(outcome, settings)
+    competition.check_fallbacks()
     if outcome.tokens < settings.token_budget:
         raise RegenerationError(
             f"FAQModifier: {len(seeds)} seeds gave {outcome.tokens} tokens, "
@@ -221,88 +193,6 @@ def _collect(
             "num_samples or sequence_length."
         )
     return outcome
-
-
-def _compete(
-    prompt: Prompt,
-    group: Sequence[Candidate],
-    source: GeneratorSource,
-    settings: Settings,
-    talk: Conversation,
-    specials: frozenset[int],
-    end_id: int | None,
-    outcome: _Outcome,
-) -> None:
-    """Gate a prompt's candidates, choose the winner and add its sample."""
-    outcome.counts["prompts_answered"] += 1
-    bodies = {c.index: _body(prompt, c, source.end_ids) for c in group}
-    contenders = []
-    for candidate in group:
-        body = bodies[candidate.index]
-        outcome.counts["candidates"] += 1
-        outcome.counts["candidates_truncated"] += not candidate.finished
-        outcome.counts["tokens_generated"] += len(candidate.ids)
-        text = (THINK_OPEN if prompt.inside_thinking and not prompt.primed else "") + str(
-            talk.target.decode(body)
-        )
-        failed = failed_gate(
-            body, text, not candidate.finished, specials, settings.gates
-        )
-        if failed is None and normalised(text) in outcome.seen:
-            failed = "duplicate"
-        if failed is not None:
-            outcome.gates[failed] += 1
-            continue
-        outcome.seen.add(normalised(text))
-        contenders.append(
-            Contender(
-                prompt.id,
-                candidate.index,
-                len(body),
-                not candidate.finished,
-                candidate.score,
-            )
-        )
-    if contenders:
-        best = winner(contenders, settings.selector, settings.seed)
-        outcome.counts["selected_truncated"] += best.truncated
-        sample = render(
-            prompt.target_ids, bodies[best.index], None if best.truncated else end_id
-        )
-        _add(outcome, sample)
-        return
-    given = original(prompt.seed, talk, settings.sequence_length)
-    if given is None:
-        outcome.counts["prompts_dropped"] += 1
-        return
-    outcome.counts["prompts_fallback"] += 1
-    _add(outcome, Sample(given, [1] * len(given)))
-
-
-def _add(outcome: _Outcome, sample: Sample) -> None:
-    outcome.samples.append(sample)
-    outcome.counts["tokens_selected"] += len(sample.input_ids)
-
-
-def _body(prompt: Prompt, candidate: Candidate, ends: frozenset[int]) -> list[int]:
-    ids = candidate.ids
-    drawn = ids[:-1] if candidate.finished and ids[-1] in ends else ids
-    return [*prompt.primed, *drawn]
-
-
-def _check_fallbacks(outcome: _Outcome, settings: Settings) -> None:
-    asked = outcome.counts["prompts_answered"]
-    share = outcome.without_answer / max(asked, 1)
-    if asked and share > settings.max_fallback_fraction:
-        reasons = ", ".join(f"{n} x {name}" for name, n in outcome.gates.most_common())
-        raise RegenerationError(
-            f"FAQModifier: {outcome.without_answer} of {asked} prompts "
-            f"({share:.0%}, limit {settings.max_fallback_fraction:.0%}) have no valid "
-            f"answer among {settings.num_candidates} candidates each; gates that "
-            f"fired: {reasons}. Choose a stronger generator, raise num_candidates or "
-            "max_new_tokens, loosen the gate that fires most, or raise "
-            "max_fallback_fraction."
-        )
 
 
 def _candidate_facts(

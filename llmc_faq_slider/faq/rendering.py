@@ -75,8 +75,8 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     marked = {index for index, token in added if token.special}
     marked |= set(tokenizer.all_special_ids)
-    think = {THINK_OPEN, THINK_CLOSE}
-    return frozenset(i for i in marked if tokenizer.convert_ids_to_tokens(i) not in think)
+    think = set(tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE]))
+    return frozenset(marked - think)
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -103,6 +103,4 @@ def render(
     """
     tail = [] if end_id is None else [end_id]
     answer = [*body_ids, *tail]
-    return Sample(
-        [*prompt_ids, *answer], [0] * len(prompt_ids) + [1] * len(answer)
-    )
+    return Sample([*prompt_ids, *answer], [0] * len(prompt_ids) + [1] * len(answer))

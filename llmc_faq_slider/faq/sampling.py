@@ -99,9 +99,7 @@ def sample_batch(
             cache.batch_select_indices(keep)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
             rows = [rows[i] for i in live]
-    return [
-        Draw(answers[i], finished[i], logprobs[i]) for i in range(len(prompts))
-    ]
+    return [Draw(answers[i], finished[i], logprobs[i]) for i in range(len(prompts))]
 
 
 def pick(

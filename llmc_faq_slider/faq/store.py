@@ -78,9 +78,7 @@ class CandidateLog:
 
     def append(self, candidates: Iterable[Candidate]) -> None:
         """Write candidates not seen before and wait until they are on disk."""
-        fresh = [
-            c for c in candidates if (c.prompt_id, c.index) not in self._known
-        ]
+        fresh = [c for c in candidates if (c.prompt_id, c.index) not in self._known]
         with self._path.open("a", encoding="utf-8") as file:
             for candidate in fresh:
                 file.write(json.dumps(asdict(candidate)) + "\n")

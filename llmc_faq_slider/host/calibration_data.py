@@ -13,7 +13,7 @@ Upstream interfaces used here that are not documented for use from outside:
   put back as it was (``DisableQuantization`` switches all modules on when it exits).
 - ``compressed_tensors.quantization.QuantizationMetadata.all_qparam_names``.
 - ``compressed_tensors.offload.disable_offloading``, which keeps onloaded weights for
-  the length of a context.
+  the length of a context, and ``disable_onloading``, which shows the stored ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,13 +21,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_offloading
+from compressed_tensors.offload import disable_offloading, disable_onloading
 from compressed_tensors.quantization import QuantizationMetadata
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Handoff", "full_precision", "plain_weights", "rows_loader"]
+__all__ = [
+    "Handoff",
+    "count_weights",
+    "full_precision",
+    "plain_weights",
+    "rows_loader",
+]
+
+#: set by compressed-tensors on modules whose forward quantises
+_SWITCH = "quantization_enabled"
 
 Rows = dict[str, torch.Tensor]
 
@@ -156,15 +165,22 @@ def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter
 
 
+def count_weights(model: torch.nn.Module) -> int:
+    """Number of parameters without those of quantisation, tied ones once."""
+    # onloading would make two tensors of one that is tied
+    with disable_onloading():
+        return sum(weight.numel() for _, weight in plain_weights(model))
+
+
 @contextmanager
 def full_precision(model: torch.nn.Module) -> Iterator[None]:
     """The model's forward is that of its plain weights, with no stage's hooks."""
-    switched = [m for m in model.modules() if getattr(m, "quantization_enabled", None)]
+    switched = [m for m in model.modules() if getattr(m, _SWITCH, False)]
     for module in switched:
-        module.quantization_enabled = False
+        setattr(module, _SWITCH, False)
     try:
         with HooksMixin.disable_hooks(), disable_offloading():
             yield
     finally:
         for module in switched:
-            module.quantization_enabled = True
+            setattr(module, _SWITCH, True)

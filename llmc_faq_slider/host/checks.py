@@ -25,7 +25,7 @@ def targeted_linears(
 
     :raises ValueError: if there are none; similar names are suggested
     """
-    selected = {
+    selected: dict[str, nn.Module] = {
         name: module
         for name, module in match_named_modules(
             model, stage.resolved_targets, stage.ignore

@@ -1,12 +1,12 @@
 """Reads number formats from compressed-tensors schemes, for learning on them."""
 
-import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
 )
+from torch import Tensor, nn
 
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.student import LinearGrids
@@ -14,13 +14,13 @@ from llmc_faq_slider.slider.student import LinearGrids
 __all__ = ["linear_grids", "needs_pack_quantized"]
 
 
-def linear_grids(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> LinearGrids:
+def linear_grids(module: nn.Module) -> LinearGrids:
     """
-    Number formats of a linear under ``scheme``.
+    Number formats of a linear to which a scheme is attached.
 
-    :param scale_dtype: dtype in which the checkpoint stores weight scales
     :raises ValueError: if SliderQuant cannot learn the scheme
     """
+    scheme: QuantizationScheme = module.quantization_scheme
     weights, inputs = scheme.weights, scheme.input_activations
     if (
         weights is None
@@ -39,6 +39,8 @@ def linear_grids(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> Linear
             "SliderQuant does not quantise output activations; the recipe asks for "
             f"{_describe(scheme.output_activations)}. Leave output_activations out."
         )
+    stored_scale = module.weight_scale
+    assert isinstance(stored_scale, Tensor)
     activation_grid = None if inputs is None else _activation_grid(inputs)
     group_size = (
         weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
@@ -47,7 +49,7 @@ def linear_grids(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> Linear
         num_bits=weights.num_bits,
         symmetric=weights.symmetric,
         group_size=group_size,
-        scale_dtype=scale_dtype,
+        scale_dtype=stored_scale.dtype,
         fp8_scales=_is_w4afp8(scheme),
     )
     return LinearGrids(weight_grid, activation_grid)
@@ -100,6 +102,5 @@ def _describe(args: QuantizationArgs | None) -> str:
     if args is None:
         return "no weight quantisation"
     return (
-        f"{args.type}{args.num_bits}, strategy {args.strategy}, "
-        f"dynamic {args.dynamic}"
+        f"{args.type}{args.num_bits}, strategy {args.strategy}, dynamic {args.dynamic}"
     )

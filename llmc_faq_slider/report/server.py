@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -164,9 +165,16 @@ def _wait_until_healthy(
             on_wait(waited)
             time.sleep(1)
             continue
-        lines = server.log.read_text(errors="replace").splitlines()
-        tail = "\n".join(lines[-40:])
-        raise ServerError(f"{problem}; the end of {server.log}:\n{tail}")
+        raise ServerError(f"{problem}; from {server.log}:\n{_excerpt(server.log)}")
+
+
+def _excerpt(log: Path) -> str:
+    """Returns the errors in a log and its end: the cause is often far above the end."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [
+        line for line in lines[:-20] if re.search(r"\w+(Error|Exception): ", line)
+    ]
+    return "\n".join([*errors[-5:], *lines[-20:]])
 
 
 def _end_group(process: subprocess.Popen[bytes], patience: float = 15) -> None:

@@ -173,9 +173,7 @@ def _learn_window(
     start = [student.state() for student in _window_students(decoder, window)]
     best = (start_loss, start)
     for ratio, count in epochs.items():
-        candidate = _train_stage(
-            decoder, window, targets, ratio, count, settings, bar
-        )
+        candidate = _train_stage(decoder, window, targets, ratio, count, settings, bar)
         if ratio == final_ratio:
             for state in candidate:
                 _restore(decoder, window, state)
@@ -285,8 +283,6 @@ def token_errors(output: Tensor, target: Tensor) -> Tensor:
     """
     target = target.float()
     error = (output.float() - target).square().mean(-1)
-    import os
-    if os.environ.get("MSE"): return error
     return error / target.square().mean(-1).clamp(min=1e-12)
 
 
@@ -364,9 +360,7 @@ def _sum_squares(
 
 
 @torch.no_grad()
-def _advance(
-    decoder: _Decoder, index: int, ratio: float, batch_size: int
-) -> None:
+def _advance(decoder: _Decoder, index: int, ratio: float, batch_size: int) -> None:
     """Move both streams behind decoder layer ``index``, in the model's own dtype."""
     order = [*range(len(decoder.full_precision))]
     batches = list(row_batches(decoder.lengths, batch_size, order))
@@ -390,9 +384,7 @@ def _window_students(decoder: _Decoder, window: Window) -> list[StudentLayer]:
     return [decoder.students[i] for i in window.layers if i in decoder.students]
 
 
-def _restore(
-    decoder: _Decoder, window: Window, state: list[list[Tensor]]
-) -> None:
+def _restore(decoder: _Decoder, window: Window, state: list[list[Tensor]]) -> None:
     for student, saved in zip(_window_students(decoder, window), state, strict=True):
         student.restore(saved)
 
@@ -405,5 +397,3 @@ def _installed(
     for student in _window_students(decoder, window):
         stack.enter_context(student.installed(ratio, dtype))
     return stack
-
-

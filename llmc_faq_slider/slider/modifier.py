@@ -26,6 +26,7 @@ from llmc_faq_slider.host.decoder import (
 )
 from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
 from llmc_faq_slider.host.postconditions import check_committed, check_losses
+from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
@@ -128,7 +129,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         for scheme in config.config_groups.values():
             assert isinstance(scheme, QuantizationScheme)
             if needs_pack_quantized(scheme):
-                scheme.format = "pack-quantized"  # type: ignore[assignment]
+                scheme.format = "pack-quantized"
         return config
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -137,7 +138,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 "SliderQuantModifier has no number format. Set scheme (such as W4A16) "
                 "or config_groups."
             )
-        window_schedule(1, window_size=self.window_size, window_stride=self.window_stride)
+        window_schedule(
+            1, window_size=self.window_size, window_stride=self.window_stride
+        )
         check_other_stages(state.model, self)
         self._sequential_targets = kwargs.get("sequential_targets")
         self.initialize_quantization(state.model)
@@ -190,6 +193,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         self.end_calibration(state.model)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        make_recipe_loadable()
         return True
 
     def _grids(self, model: nn.Module) -> dict[int, dict[str, LinearGrids]]:
@@ -203,13 +207,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 f"{'it' if len(outside) == 1 else 'them'} to ignore."
             )
         return {
-            index: {
-                name: linear_grids(
-                    module.quantization_scheme,  # type: ignore[arg-type]
-                    module.weight_scale.dtype,  # type: ignore[union-attr, arg-type]
-                )
-                for name, module in modules.items()
-            }
+            index: {name: linear_grids(module) for name, module in modules.items()}
             for index, modules in inside.items()
         }
 

@@ -1,8 +1,9 @@
 """A decoder layer while it learns: its own modules with quantised, learnable linears.
 
-The student shares all modules with the teacher. While :meth:`StudentLayer.installed` is
-active the layer's linears compute with fake-quantised folded weights and inputs, and its
-norms with their divided gains; outside it the layer is the full-precision teacher.
+The student shares all modules with the teacher. While
+:meth:`StudentLayer.installed` is active the layer's linears compute with fake-quantised
+folded weights and inputs, and its norms with their divided gains; outside it the layer
+is the full-precision teacher.
 :meth:`StudentLayer.fold` returns the plain tensors that a checkpoint stores.
 """
 
@@ -229,7 +230,7 @@ class StudentLayer:
                 if forward is None:
                     del module.__dict__["forward"]
                 else:
-                    module.forward = forward
+                    module.forward = forward  # type: ignore[method-assign]
             for handle in handles:
                 handle.remove()
 

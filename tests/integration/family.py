@@ -1,0 +1,67 @@
+"""What the integration tests share: data, perplexity and runs on the tiny family."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import llmc_faq_slider
+
+TESTS = Path(__file__).parents[1]
+RECIPES = TESTS.parent / "recipes"
+LENGTH = 128
+
+
+def held_out_rows(model: Path, half: int) -> Tensor:
+    """Rows of held-out text; half 0 is for calibration, half 1 for evaluation."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = []
+    for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        middle = len(text) // 2
+        text = text[:middle] if half == 0 else text[middle:]
+        ids += tokenizer(text[:16_000])["input_ids"]
+    rows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[shuffled]
+
+
+def calibration_set(model: Path, rows: int = 32) -> Dataset:
+    ids = held_out_rows(model, half=0)[:rows].tolist()
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * LENGTH for _ in ids]}
+    )
+
+
+@torch.no_grad()
+def loss(model: nn.Module, rows: Tensor) -> float:
+    """Mean negative log-likelihood per token; its exponential is the perplexity."""
+    total = 0.0
+    for batch in rows.split(16):
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        total += F.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
+    return total / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    return math.exp(loss(model, rows))
+
+
+def load(path: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def quantize(model: PreTrainedModel, recipe: object, **arguments: object) -> None:
+    """``oneshot`` as a user calls it; rows are not truncated or shuffled."""
+    llmc_faq_slider.oneshot(model=model, recipe=recipe, **arguments)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, rows: Tensor) -> Tensor:
+    return model(input_ids=rows).logits

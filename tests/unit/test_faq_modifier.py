@@ -1,0 +1,73 @@
+"""Fields of the stage, and the sample recipe in its docstring."""
+
+import re
+import textwrap
+
+import pytest
+from llmcompressor.recipe import Recipe
+from pydantic import ValidationError
+from transformers import AutoConfig, AutoTokenizer
+
+from llmc_faq_slider.faq.generators import sibling_source
+from llmc_faq_slider.faq.modifier import CACHE_VARIABLE, FAQModifier
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_sample_recipe_loads() -> None:
+    sample = re.search(r"```yaml\n(.*?)```", FAQModifier.__doc__, re.DOTALL)
+    assert sample is not None
+    (stage,) = Recipe.create_instance(textwrap.dedent(sample[1])).modifiers
+    assert isinstance(stage, FAQModifier)
+    assert (stage.num_samples, stage.sequence_length) == (32, 512)
+
+
+def test_a_stage_survives_its_own_dump() -> None:
+    stage = FAQModifier(generator="x", top_p=0.5, selector="random")
+    assert FAQModifier.model_validate(stage.model_dump()) == stage
+
+
+def test_the_stage_sits_in_the_data_free_slot() -> None:
+    assert FAQModifier().requires_calibration_data is False
+
+
+def test_every_field_is_documented() -> None:
+    own = [name for name in FAQModifier.__annotations__ if not name.startswith("_")]
+    missing = [name for name in own if f":param {name}:" not in FAQModifier.__doc__]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_candidates": 0},
+        {"temperature": 0},
+        {"top_p": 1.5},
+        {"max_fallback_fraction": 2},
+        {"selector": "best"},
+        {"generator": ""},
+        {"unknown": 1},
+    ],
+)
+def test_bad_fields_are_named(fields) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        FAQModifier(**fields)
+
+
+def test_the_cache_folder_follows_field_then_variable(monkeypatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "/somewhere")
+    assert FAQModifier(cache_dir="here")._root() == "here"
+    assert FAQModifier()._root() == "/somewhere/faq"
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert FAQModifier()._root() == "~/.cache/llmc_faq_slider/faq"
+
+
+def test_rows_are_cut_to_the_context(small_model, tmp_path) -> None:
+    class Model:
+        config = AutoConfig.from_pretrained(small_model)
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    source = sibling_source(str(small_model), Model.config, tokenizer, 1)
+    Model.config.max_position_embeddings = 100
+    settings = FAQModifier(sequence_length=512)._settings(Model, source)
+    assert settings.sequence_length == 100

@@ -1,0 +1,93 @@
+"""What a recipe author meets: registration, samples, fields and their messages."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from llmcompressor.recipe import Recipe
+from pydantic import ValidationError
+
+import llmc_faq_slider
+from llmc_faq_slider import FAQModifier, SliderQuantModifier
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+STAGES = [FAQModifier, SliderQuantModifier]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_docstring_sample_loads(stage):
+    samples = re.findall(r"```yaml\n(.*?)```", inspect.getdoc(stage), re.S)
+    assert samples
+    for sample in samples:
+        (modifier,) = Recipe.create_instance(sample).modifiers
+        assert type(modifier) is stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_documented_and_survives_a_round_trip(stage):
+    own = set(stage.model_fields) - set(SliderQuantModifier.__mro__[1].model_fields)
+    inherited = {
+        name
+        for base in stage.__mro__[1:]
+        for name in getattr(base, "model_fields", {})
+        if base.__module__.startswith("llmcompressor")
+    }
+    for name in own - inherited:
+        assert f":param {name}:" in stage.__doc__, name
+    arguments = {"scheme": "W4A16"} if stage is SliderQuantModifier else {}
+    modifier = stage(**arguments)
+    dumped = yaml.safe_load(yaml.safe_dump(modifier.model_dump()))
+    assert stage.model_validate(dumped) == modifier
+
+
+def test_import_registers_both_stages_in_a_fresh_process():
+    command = (
+        "import llmc_faq_slider; from llmcompressor.recipe import Recipe; "
+        "print(Recipe.create_instance('recipes/faq_slider_w4a8.yaml').modifiers)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "FAQModifier(" in printed and "SliderQuantModifier(" in printed
+
+
+def test_oneshot_is_llm_compressors_own():
+    from llmcompressor import oneshot
+
+    assert llmc_faq_slider.oneshot is oneshot
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"ratio": 0.0}, "ratio"),
+        ({"ratio": 1.5}, "ratio"),
+        ({"low_rank": -1}, "low_rank"),
+        ({"stage_order": "both"}, "stage_order"),
+        ({"widnow_size": 3}, "widnow_size"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        SliderQuantModifier(scheme="W4A16", **fields)
+
+
+def test_pack_quantized_is_the_format_below_eight_bits_only():
+    def formats(scheme):
+        stage = SliderQuantModifier(scheme=scheme)
+        return [g.format for g in stage.resolved_config.config_groups.values()]
+
+    assert formats("W4A8") == formats("W4AFP8") == formats("W4A4") == ["pack-quantized"]
+    assert formats("W2A16") == formats("W4A16_ASYM") == ["pack-quantized"]
+    assert formats("W8A8") == [None]
