@@ -24,6 +24,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,14 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "small": (128, 384, 8, 2, 1),
     "large": (256, 512, 8, 4, 2),
 }
-TOKENS = {"small": 4_200_000, "large": 3_600_000}  # training tokens
+PHASES = {  # tokens, peak of the rate, share of the phase over which it falls to 0
+    "small": [(4_200_000, 1.0, 0.5)],
+    # One phase leaves the larger size too sturdy: 3-bit rounding costs it only 4 %.
+    "large": [(3_600_000, 1.0, 0.5), (3_600_000, 0.7, 1.0)],
+}
 BATCH, LENGTH = 4, 512  # rows a step, tokens a row
 MATRIX_LR, OTHER_LR = 0.015, 3e-3  # Muon, AdamW
-WARMUP, DECAY = 40, 0.5  # steps; share of the run over which the rate falls to 0
-SAVE_EVERY = 150  # steps
+WARMUP, SAVE_EVERY = 40, 150  # steps
 
 
 def fetch(cache: Path) -> dict[str, list[str]]:
@@ -310,44 +314,56 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, to: Path) 
     new.rmdir()
 
 
-def train(size: str, cache: Path, tokens: int, out: Path) -> None:
-    """Train one size on `tokens` tokens with one thread and save it to `out`."""
-    torch.set_num_threads(1)  # in bf16 a second thread gains nothing here
-    torch.manual_seed(0)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(cache / "tokenizer")
-    model = make_model(size, tokenizer)
-    print(size, sum(p.numel() for p in model.parameters()), "parameters", flush=True)
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in named if p.ndim < 2 or "embed" in name]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+def batches(cache: Path) -> Iterator[torch.Tensor]:
+    """Token ids [BATCH, LENGTH], pass after pass over the texts in shuffled order."""
     stream = torch.from_numpy(np.load(cache / "tokens.npy").astype(np.int64))
     rows = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
     draw = torch.Generator().manual_seed(1)
-    order = torch.empty(0, dtype=torch.long)
-    # Compiling needs a C++ compiler and makes a step about a third faster.
-    step_loss = torch.compile(loss_of) if shutil.which("g++") else loss_of
-    steps, began = tokens // (BATCH * LENGTH), time.time()
-    for step in range(1, steps + 1):
-        rate = min(1, step / WARMUP, (steps - step + 1) / (DECAY * steps))
-        for optimizer, base in zip(optimizers, (MATRIX_LR, OTHER_LR), strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate
-        if len(order) < BATCH:  # a new pass over the texts
-            order = torch.randperm(len(rows), generator=draw)
-        batch, order = rows[order[:BATCH]], order[BATCH:]
-        loss = step_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % SAVE_EVERY == 0 or step == steps:
-            figures = json.dumps(perplexities(model, tokenizer))
-            print(size, step, f"{time.time() - began:.0f} s", figures, flush=True)
-            save(model, tokenizer, out)
+    while True:
+        order = torch.randperm(len(rows), generator=draw)
+        for start in range(0, len(rows) - BATCH + 1, BATCH):
+            yield rows[order[start : start + BATCH]]
+
+
+def train(size: str, cache: Path, out: Path, first: int) -> None:
+    """Train one size with one thread; phases before `first` are taken from `out`."""
+    torch.set_num_threads(1)  # in bf16 a second thread gains nothing here
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(cache / "tokenizer")
+    data = batches(cache)
+    for number, (tokens, peak, decay) in enumerate(PHASES[size]):
+        steps = tokens // (BATCH * LENGTH)
+        if number < first:
+            next(islice(data, steps - 1, None))  # seen before
+            continue
+        if number == 0:
+            model = make_model(size, tokenizer)
+        else:  # the saved bf16 weights, so that starting here gives the same result
+            model = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in named if p.ndim < 2 or "embed" in name]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.01, momentum=0.95),
+            torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0),
+        ]
+        # Compiling needs a C++ compiler and makes a step about a third faster.
+        step_loss = torch.compile(loss_of) if shutil.which("g++") else loss_of
+        began = time.time()
+        for step, batch in enumerate(islice(data, steps), start=1):
+            rate = min(1, step / WARMUP, (steps - step + 1) / (decay * steps)) * peak
+            for optimizer, base in zip(optimizers, (MATRIX_LR, OTHER_LR), strict=True):
+                optimizer.param_groups[0]["lr"] = base * rate
+            step_loss(model, batch).backward()
+            torch.nn.utils.clip_grad_norm_(others, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if step % SAVE_EVERY == 0 or step == steps:
+                figures = json.dumps(perplexities(model, tokenizer))
+                print(f"{size} phase {number} step {step}/{steps}", end=" ")
+                print(f"{time.time() - began:.0f} s", figures, flush=True)
+                save(model, tokenizer, out)
 
 
 def main() -> None:
@@ -356,13 +372,12 @@ def main() -> None:
     parser.add_argument("step", choices=["prepare", *SHAPES])
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "test_family")
     parser.add_argument("--out", type=Path, default=TESTS / "models")
-    parser.add_argument("--tokens", type=int, help="training tokens, else the default")
+    parser.add_argument("--phase", type=int, default=0, help="start at this phase")
     args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.cache)
         return
-    tokens = args.tokens or TOKENS[args.step]
-    train(args.step, args.cache, tokens, args.out / args.step)
+    train(args.step, args.cache, args.out / args.step, args.phase)
 
 
 if __name__ == "__main__":

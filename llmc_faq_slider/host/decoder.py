@@ -65,7 +65,8 @@ def calibration_rows(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
 
     :param batches: what a calibration DataLoader yields: ``input_ids`` int64
         ``[batch, length]`` and optionally ``attention_mask``
-    :return: one int64 tensor ``[tokens]`` per sample of at least two tokens
+    :return: one int64 tensor ``[tokens]`` per sample of at least two tokens, in an order
+        that does not depend on the loader's shuffling
     :raises ValueError: if batches hold no token ids or no sample is usable
     """
     rows: list[Tensor] = []
@@ -88,4 +89,4 @@ def calibration_rows(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
             "The calibration data holds no sample of two tokens or more. Give oneshot "
             "a data set, or put a FAQModifier before SliderQuantModifier."
         )
-    return rows
+    return sorted(rows, key=lambda row: row.tolist())

@@ -105,13 +105,13 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     window_stride: int = Field(default=1, ge=1)
     ratio: float = Field(default=0.5, gt=0, le=1)
     stage_order: Literal["window", "sweep"] = "window"
-    epochs: int = Field(default=10, ge=1)
+    epochs: int = Field(default=5, ge=1)
     batch_size: int = Field(default=4, ge=1)
     low_rank: int = Field(default=4, ge=0)
     channel_scales: bool = True
-    low_rank_lr: float = Field(default=1e-3, ge=0)
+    low_rank_lr: float = Field(default=1e-2, ge=0)
     clipping_lr: float = Field(default=1e-2, ge=0)
-    channel_scale_lr: float = Field(default=1e-3, ge=0)
+    channel_scale_lr: float = Field(default=3e-3, ge=0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
 

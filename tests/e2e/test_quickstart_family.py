@@ -129,41 +129,36 @@ def logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     return logits.float().log_softmax(-1).gather(1, targets)[:, 0]
 
 
-@pytest.mark.parametrize(
-    ("activations", "mean_tolerance", "max_tolerance"),
-    [
-        # The same arithmetic as vLLM's kernel: what is left is bf16 rounding, seen as
-        # 0.010 on average and 0.06 at most.
-        pytest.param("bf16", 0.02, 0.2, id="weights-only"),
-        # As the checkpoint declares it, which vLLM on a CPU does not do: seen as 0.011
-        # and 0.09.
-        pytest.param("int8", 0.03, 0.4, id="with-activation-quantisation"),
-    ],
-)
-def test_served_logprobs_match_reload(
-    served: torch.Tensor,
-    quickstart: Run,
-    ids: list[int],
-    activations: str,
-    mean_tolerance: float,
-    max_tolerance: float,
-) -> None:
-    """Per-token log-probabilities of vLLM and of the checkpoint in transformers."""
-    model = AutoModelForCausalLM.from_pretrained(quickstart.checkpoint, dtype="auto")
-    if activations == "bf16":
-        # The weights lie on their grid already, so only activations are affected.
-        model.apply(disable_quantization)
-    difference = (served - logprobs(model, ids)).abs()
-    print(f"mean {difference.mean():.4f}, max {difference.max():.4f}")
-    assert difference.mean() < mean_tolerance
-    assert difference.max() < max_tolerance
+def reload(quickstart: Run, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(quickstart.checkpoint, dtype=dtype)
 
 
-def test_served_model_is_the_quantised_one(
-    served: torch.Tensor, small_model: Path, ids: list[int]
+def test_served_logprobs_match_weights(
+    served: torch.Tensor, quickstart: Run, small_model: Path, ids: list[int]
 ) -> None:
-    """Control of the test above: the original is farther away than its tolerance."""
-    model = AutoModelForCausalLM.from_pretrained(small_model, dtype="auto")
-    difference = (served - logprobs(model, ids)).abs()
+    """vLLM computes what the stored weights say, but for the rounding of bf16.
+
+    vLLM on a CPU leaves activations alone, so the reload does here as well: its weights
+    lie on their grid already. The tolerance is thrice the error that transformers makes
+    in bf16 (vLLM, which rounds in other places, was seen at up to twice that error).
+    """
+    exact = logprobs(reload(quickstart, torch.float32).apply(disable_quantization), ids)
+    half = logprobs(reload(quickstart, torch.bfloat16).apply(disable_quantization), ids)
+    rounding = (half - exact).abs().mean()
+    error = (served - exact).abs().mean()
+    print(f"vLLM {error:.4f}, transformers in bf16 {rounding:.4f}")
+    assert error < 3 * rounding
+
+    # A control: by the same measure the original is another model.
+    original = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    assert (logprobs(original, ids) - exact).abs().mean() > 3 * rounding
+
+
+def test_served_logprobs_match_declared_model(
+    served: torch.Tensor, quickstart: Run, ids: list[int]
+) -> None:
+    """With activations in int8, as declared: seen at 0.02 on average, 0.15 at most."""
+    difference = (served - logprobs(reload(quickstart, torch.bfloat16), ids)).abs()
     print(f"mean {difference.mean():.4f}, max {difference.max():.4f}")
-    assert difference.mean() > 0.03
+    assert difference.mean() < 0.05
+    assert difference.max() < 0.5

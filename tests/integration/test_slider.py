@@ -56,7 +56,7 @@ def test_slider_beats_round_to_nearest(name, small_model):
     nearest = load(small_model)
     quantize(nearest, QuantizationModifier(**arguments))
     slider = load(small_model)
-    stage = SliderQuantModifier(**arguments, epochs=8, batch_size=8)
+    stage = SliderQuantModifier(**arguments, epochs=4, batch_size=8)
     quantize(slider, stage, dataset=calibration_set(small_model))
 
     full = perplexity(load(small_model), rows)
