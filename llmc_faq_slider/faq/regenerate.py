@@ -1,6 +1,7 @@
 """The stage as one function: seeds in, packed calibration rows out."""
 
 import importlib.metadata
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -117,19 +118,20 @@ class _Writer:
         self, prompts: Sequence[Prompt], index: int, progress: tqdm
     ) -> list[Candidate]:
         """Candidate ``index`` of each prompt of a batch."""
+        steps = self._settings.sampling.max_new_tokens
         stored = [self._log.get(prompt.id, index) for prompt in prompts]
         known = [candidate for candidate in stored if candidate is not None]
         if len(known) == len(prompts):
+            progress.update(steps)
             return known
         if self._generator is None:
             self._generator = self._stack.enter_context(self._source.open())
+        end = progress.n + steps
         which = f"candidate {index + 1}/{self._settings.num_candidates}"
-        steps = iter(range(1, self._settings.sampling.max_new_tokens + 1))
 
         def show(live: int) -> None:
-            step = f"{which}, step {next(steps)}, {live} rows"
-            progress.set_postfix_str(step, refresh=False)
-            progress.update(0)
+            progress.set_postfix_str(f"{which}, {live} answers", refresh=False)
+            progress.update(1)
 
         draws = self._generator.answer(
             [prompt.generator_ids for prompt in prompts],
@@ -148,6 +150,7 @@ class _Writer:
             for prompt, draw in zip(prompts, draws, strict=True)
         ]
         self._log.append(made)
+        progress.update(end - progress.n)
         return made
 
 
@@ -161,13 +164,19 @@ def _collect(
     """Winners' samples, at least N x L tokens of them."""
     competition = Competition(talk, settings, source.end_ids)
     outcome = competition.outcome
-    with tqdm(
-        total=settings.token_budget,
-        unit="tok",
-        desc="FAQ: regenerating",
-        mininterval=1.0,
-    ) as progress:
-        for batch in batches(seeds, settings):
+    steps_per_batch = settings.num_candidates * settings.sampling.max_new_tokens
+    # Until a batch has shown better: answers fill half of what they may.
+    tokens_per_batch = settings.batch_size * settings.sampling.max_new_tokens / 2
+    with tqdm(unit="step", desc="FAQ: regenerating", mininterval=1.0) as progress:
+        for done, batch in enumerate(batches(seeds, settings)):
+            if outcome.tokens:
+                tokens_per_batch = outcome.tokens / done
+            missing = max(0, settings.token_budget - outcome.tokens)
+            left = math.ceil(missing / tokens_per_batch)
+            progress.total = progress.n + left * steps_per_batch
+            progress.set_description(
+                f"FAQ: {outcome.tokens} of {settings.token_budget} tokens"
+            )
             asked = [prepare(seed, number, talk) for seed, number in batch]
             prompts = [p for p in asked if fits(p, source.context_length, settings)]
             outcome.counts["prompts_too_long"] += len(asked) - len(prompts)
@@ -179,7 +188,6 @@ def _collect(
             ]
             for prompt, group in zip(prompts, zip(*passes, strict=True), strict=True):
                 competition.hold(prompt, group)
-            progress.update(min(outcome.tokens, settings.token_budget) - progress.n)
             if outcome.counts["prompts_answered"] >= _ENOUGH_PROMPTS:
                 competition.check_fallbacks()
             if outcome.tokens >= settings.token_budget:

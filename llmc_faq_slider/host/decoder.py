@@ -65,8 +65,8 @@ def calibration_rows(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
 
     :param batches: what a calibration DataLoader yields: ``input_ids`` int64
         ``[batch, length]`` and optionally ``attention_mask``
-    :return: one int64 tensor ``[tokens]`` per sample of at least two tokens, in an order
-        that does not depend on the loader's shuffling
+    :return: one int64 tensor ``[tokens]`` per sample of at least two tokens, in an
+        order that does not depend on the loader's shuffling
     :raises ValueError: if batches hold no token ids or no sample is usable
     """
     rows: list[Tensor] = []
