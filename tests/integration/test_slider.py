@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from family import (
     calibration_set,
     held_out_rows,
@@ -64,6 +65,33 @@ def test_slider_beats_round_to_nearest(name, small_model):
     assert full * 0.99 < ours < theirs, (full, ours, theirs)
     assert any(not result.kept_start for result in stage.results)
     assert all(result.loss <= result.start_loss for result in stage.results)
+
+
+def test_eight_bits_stay_within_noise_of_round_to_nearest(small_model):
+    """Both lose next to nothing; the windows' own losses show what was learned."""
+    rows = held_out_rows(small_model, half=1)[:64]
+    arguments = {"ignore": ["lm_head"], "scheme": "W8A8"}
+    nearest, slider = load(small_model), load(small_model)
+    quantize(nearest, QuantizationModifier(**arguments))
+    stage = SliderQuantModifier(**arguments, epochs=4, batch_size=8)
+    quantize(slider, stage, dataset=calibration_set(small_model))
+    assert perplexity(slider, rows) < perplexity(nearest, rows) * 1.002
+    assert stage.results[-1].loss < stage.results[-1].start_loss
+
+
+def test_w4afp8_group_scales_survive_vllms_loader(small_model, tmp_path):
+    model = load(small_model)
+    stage = SliderQuantModifier(ignore=["lm_head"], scheme="W4AFP8", epochs=1)
+    quantize(model, stage, dataset=calibration_set(small_model, 4))
+    for name, module in model.named_modules():
+        if not hasattr(module, "weight_scale"):
+            continue
+        scale = module.weight_scale.float()
+        unit = scale.amax(-1, keepdim=True) / 448
+        # The loader keeps E4M3 codes of an eighth, and the row's unit in fp32.
+        codes = (scale / unit).to(torch.float8_e4m3fn).float()
+        loaded = (codes / 8).to(torch.float8_e4m3fn).float() * 8 * unit
+        assert ((loaded - scale).abs() / scale).max() <= 2**-8, name
 
 
 @pytest.mark.parametrize("name", ["W4A8_g128", "W8A8", "W2A16_asym_g64", "W4AFP8_g128"])
@@ -128,8 +156,6 @@ def test_samples_of_different_length_with_padding(small_model):
         "input_ids": [row[:n] + [0] * (128 - n) for row, n in zip(rows, lengths)],
         "attention_mask": [[1] * n + [0] * (128 - n) for n in lengths],
     }
-    from datasets import Dataset
-
     model = load(small_model)
     stage = SliderQuantModifier(ignore=["lm_head"], scheme="W4A16", epochs=2)
     quantize(model, stage, dataset=Dataset.from_dict(data))
