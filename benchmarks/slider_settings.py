@@ -1,6 +1,6 @@
 """Which of SliderQuant's settings pay, on the tiny test family or any model.
 
-    python -m benchmarks.slider_settings --schemes W3A16 --variants default,ratio_1
+    python -m benchmarks.slider_settings --schemes W3A16 --variants ratio_0.5
 
 Prints, per scheme and variant, the loss over full precision (mean negative
 log-likelihood per token on held-out text), CPU seconds, and round-to-nearest as the
@@ -27,10 +27,10 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fixed_windows_only": {"shallow_layers": 0, "deep_layers": 0, "ratio": 1.0},
-    "no_pesw_pcsw": {"shallow_layers": 0, "deep_layers": 0},
-    "ratio_1": {"ratio": 1.0},
-    "sweep": {"stage_order": "sweep"},
+    "fixed_windows_only": {"shallow_layers": 0, "deep_layers": 0},
+    "fixed_windows_ratio_0.5": {"shallow_layers": 0, "deep_layers": 0, "ratio": 0.5},
+    "ratio_0.5": {"ratio": 0.5},
+    "ratio_0.5_sweep": {"ratio": 0.5, "stage_order": "sweep"},
     "rank_8": {"low_rank": 8},
     "no_low_rank": {"low_rank": 0},
     "no_channel_scales": {"channel_scales": False},

@@ -83,7 +83,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param window_size: layers per fixed window s
     :param window_stride: layers by which a fixed window moves, i
     :param ratio: intra-layer ratio γ; a window is trained in 1/γ stages that quantise
-        γ, 2γ, ... of the input channels of every matrix; 1.0 for one stage
+        γ, 2γ, ... of the input channels of every matrix. Default 1.0, one stage: the
+        paper's 0.5 loses at equal epochs in docs/experiments.md
     :param stage_order: ``window`` runs all stages inside each window (the paper);
         ``sweep`` runs one pass over all windows per stage (the released code), and
         keeps the learned tensors of all layers in memory
@@ -103,7 +104,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     deep_layers: int = Field(default=4, ge=0)
     window_size: int = Field(default=2, ge=1)
     window_stride: int = Field(default=1, ge=1)
-    ratio: float = Field(default=0.5, gt=0, le=1)
+    ratio: float = Field(default=1.0, gt=0, le=1)
     stage_order: Literal["window", "sweep"] = "window"
     epochs: int = Field(default=5, ge=1)
     batch_size: int = Field(default=4, ge=1)

@@ -135,6 +135,7 @@ def test_sweep_order_commits_every_layer(small_model):
         ignore=["lm_head"],
         config_groups=SCHEMES["W2A16_asym_g64"],
         stage_order="sweep",
+        ratio=0.5,
         epochs=4,
         batch_size=8,
     )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.unit
+
 TESTS = Path(__file__).resolve().parents[1]
 SIZES = ("small", "large")
 TEXTS = ("austen", "shakespeare", "sotu")
