@@ -40,6 +40,7 @@ from llmc_faq_slider.host.calibration_data import (
     full_precision,
     plain_weights,
 )
+from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 
 __all__ = ["FAQModifier"]
 
@@ -169,6 +170,7 @@ class FAQModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put the loader back as it was."""
+        make_recipe_loadable()
         if self._handoff is not None:
             self._handoff.release()
             self._handoff = None

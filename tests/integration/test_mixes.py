@@ -57,8 +57,10 @@ def slider(groups, **fields):
     return {"SliderQuantModifier": settings}
 
 
-def gptq(groups, **fields):
-    settings = {"config_groups": groups, "actorder": "weight"} | fields
+def gptq(groups, actorder="weight", **fields):
+    settings = {"config_groups": groups} | fields
+    if actorder is not None:
+        settings["actorder"] = actorder
     return {"GPTQModifier": settings}
 
 
@@ -79,6 +81,11 @@ MIXES = {
     ),
     "spinquant_slider": ([SPINQUANT, slider(W4A16, **LM_HEAD)], True),
     "faq_smoothquant_slider": ([FAQ, SMOOTHQUANT, slider(W4A16, **LM_HEAD)], False),
+    # Upstream saves both of these stages in a form that it cannot load.
+    "faq_smoothquant_gptq": (
+        [FAQ, SMOOTHQUANT, gptq(W4A16, actorder=None, **LM_HEAD)],
+        False,
+    ),
     "faq_slider_with_data": ([FAQ, slider(W4A16, **LM_HEAD)], True),
 }
 
