@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on a plain text."""
+"""How far a causal language model predicts a text, and how far two models differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["kl_divergence", "next_token_loss", "perplexity"]
 
 
 def perplexity(
@@ -31,25 +34,58 @@ def perplexity(
             f"the text has {len(ids)} tokens, fewer than one row of {sequence_length}"
         )
     rows = ids[: count * sequence_length].view(count, sequence_length)
-
-    was_training = model.training
-    model.eval()
-    try:
-        total = sum(_losses(model, rows, batch_size))
-    finally:
-        model.train(was_training)
-    return math.exp(total / (count * (sequence_length - 1)))
+    return math.exp(next_token_loss(model, rows, batch_size))
 
 
 @torch.inference_mode()
-def _losses(
-    model: PreTrainedModel, rows: torch.Tensor, batch_size: int
-) -> Iterator[float]:
-    """Yields the summed negative log-likelihood of every row."""
-    for batch in rows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        # Row by row: a whole batch of fp32 logits is gigabytes at large vocabularies.
-        for row, row_logits in zip(batch, logits, strict=True):
-            scores = row_logits[:-1].float().log_softmax(dim=-1)
-            yield -scores.gather(1, row[1:, None]).double().sum().item()
+def next_token_loss(model: PreTrainedModel, rows: Tensor, batch_size: int = 8) -> float:
+    """Returns the mean negative log-likelihood, in nats, of all tokens but the first.
+
+    :param rows: token ids ``[rows, length]``, without padding
+    """
+    total = 0.0
+    for batch, logits in _row_logits(model, rows, batch_size):
+        scores = logits.log_softmax(dim=-1)
+        total -= scores.gather(1, batch[1:, None]).double().sum().item()
+    return total / rows[:, 1:].numel()
+
+
+@torch.inference_mode()
+def kl_divergence(
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    rows: Tensor,
+    batch_size: int = 8,
+) -> float:
+    """Returns KL(reference || model) of the next-token distribution, mean in nats.
+
+    :param rows: token ids ``[rows, length]``, without padding
+    """
+    total = 0.0
+    pairs = zip(
+        _row_logits(reference, rows, batch_size),
+        _row_logits(model, rows, batch_size),
+        strict=True,
+    )
+    for (_, expected), (_, found) in pairs:
+        expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+        total += (expected.exp() * (expected - found)).sum(-1).double().sum().item()
+    return total / rows[:, 1:].numel()
+
+
+def _row_logits(
+    model: PreTrainedModel, rows: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields every row's token ids and its fp32 logits ``[length - 1, vocabulary]``."""
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in rows.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            # One row at a time: a batch of fp32 logits is gigabytes for large
+            # vocabularies.
+            for row, row_logits in zip(batch, logits, strict=True):
+                yield row, row_logits[:-1].float()
+    finally:
+        model.train(was_training)

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from llmc_faq_slider.slider.quantizer import WeightGrid
 
-__all__ = ["ChannelScale", "Clipping", "Kind", "LowRank", "NormChannelScale"]
+__all__ = [
+    "ChannelScale",
+    "Clipping",
+    "Kind",
+    "LowRank",
+    "NormChannelScale",
+    "RoundingOffset",
+]
 
-Kind = Literal["low_rank", "clipping", "channel_scale"]
+Kind = Literal["rounding", "low_rank", "clipping", "channel_scale"]
 
 MIN_CHANNEL_SCALE = 1e-2
 # sigmoid(6) keeps 99.75 % of the range: less than half a step of an 8-bit grid.
@@ -48,6 +55,25 @@ class LowRank:
 
     def apply(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.up, self.down, alpha=1 / self.rank)
+
+
+class RoundingOffset:
+    """
+    Offset of every weight before rounding, in steps of its grid, within one half.
+
+    Departure: eq. (2) has no such term. The low-rank update moves whole rows and
+    columns; this lets each weight round the other way, as AutoRound does.
+
+    :param weight: fp32 ``[out, in]``
+    """
+
+    kind: Kind = "rounding"
+
+    def __init__(self, weight: Tensor):
+        self.offset = torch.zeros_like(weight).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        return [self.offset]
 
 
 class Clipping:

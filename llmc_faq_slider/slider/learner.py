@@ -17,11 +17,16 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llmc_faq_slider.slider.learnables import Kind
+from llmc_faq_slider.slider.optimizer import SignDescent
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
 __all__ = ["LearningSettings", "WindowResult", "learn_windows", "stage_ratios"]
+
+# Rows that tell whether a window's end is better than its start.
+JUDGED_ROWS = 32
 
 Commit = Callable[[int, FoldedLayer], None]
 
@@ -35,7 +40,10 @@ class LearningSettings:
     :param epochs: passes over the calibration rows per window, shared by its stages
     :param batch_size: rows per optimiser step
     :param low_rank: rank of the low-rank update, 0 for none
-    :param channel_scales: learn channel scales where they fold
+    :param rounding_travel: how far a rounding offset can travel in one window and
+        stage, in steps of the weight grid; 0 learns no offsets
+    :param channel_scales: learn channel scales where they fold; ``auto`` does so in
+        layers with quantised inputs
     :param learning_rates: AdamW's first learning rate per kind of learnable; it decays
         linearly to zero within each window and stage
     :param compute_dtype: dtype of the student's matrix products
@@ -47,8 +55,9 @@ class LearningSettings:
     epochs: int
     batch_size: int
     low_rank: int
-    channel_scales: bool
-    learning_rates: dict[str, float]
+    rounding_travel: float
+    channel_scales: bool | Literal["auto"]
+    learning_rates: dict[Kind, float]
     compute_dtype: torch.dtype
     seed: int
 
@@ -171,19 +180,16 @@ def _learn_window(
     final_ratio = max(epochs)
     start_loss = _window_loss(decoder, window, targets, final_ratio, settings)
     start = [student.state() for student in _window_students(decoder, window)]
-    best = (start_loss, start)
     for ratio, count in epochs.items():
-        candidate = _train_stage(decoder, window, targets, ratio, count, settings, bar)
-        if ratio == final_ratio:
-            for state in candidate:
-                _restore(decoder, window, state)
-                loss = _window_loss(decoder, window, targets, final_ratio, settings)
-                if loss < best[0]:
-                    best = (loss, state)
-    _restore(decoder, window, best[1])
-    result = WindowResult(
-        window, start_loss, best[0], time.monotonic() - began, best[1] is start
-    )
+        _train_stage(decoder, window, targets, ratio, count, settings, bar)
+    loss = _window_loss(decoder, window, targets, final_ratio, settings)
+    # Negated so that a loss that is not a number keeps the start too.
+    keep_start = not loss <= start_loss
+    if keep_start:
+        _restore(decoder, window, start)
+        loss = start_loss
+    seconds = time.monotonic() - began
+    result = WindowResult(window, start_loss, loss, seconds, keep_start)
     logger.info(
         f"{window} ({window.family}): loss {result.start_loss:.4e} -> "
         f"{result.loss:.4e} in {result.seconds:.1f} s"
@@ -200,28 +206,16 @@ def _train_stage(
     epochs: int,
     settings: LearningSettings,
     bar: tqdm,
-) -> list[list[list[Tensor]]]:
+) -> None:
     """
-    AdamW on the window's learnables (appendix B.2: no weight decay, linear decay).
+    Descent on the window's learnables (appendix B.2: no weight decay, linear decay).
 
-    :return: states worth keeping: of the epoch with the least loss, and of the end
+    With rates that fall to zero the end is the best state there is but for noise.
     """
     students = _window_students(decoder, window)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate}
-            for kind, rate in settings.learning_rates.items()
-            if (
-                parameters := [
-                    p
-                    for student in students
-                    for p in student.parameters(kind)  # type: ignore[arg-type]
-                ]
-            )
-        ],
-        weight_decay=0.0,
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
+    # Every window meets the rows in an order of its own.
+    order_seed = settings.seed + 1000 * window.start + window.stop
+    generator = torch.Generator().manual_seed(order_seed)
     lengths = decoder.lengths
     batches = [
         batch
@@ -232,27 +226,48 @@ def _train_stage(
             torch.randperm(len(lengths), generator=generator).tolist(),
         )
     ]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / max(1, len(batches))
-    )
+    optimizers = _optimizers(students, settings, len(batches))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1 - step / max(1, len(batches))
+        )
+        for optimizer in optimizers
+    ]
     per_epoch = len(batches) // max(1, epochs)
-    epoch_loss, best_epoch_loss, best = 0.0, float("inf"), None
+    epoch_loss = 0.0
     for step, batch in enumerate(batches):
         loss = _batch_loss(decoder, window, targets, batch, ratio, settings)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for schedule in schedules:
+            schedule.step()
         epoch_loss += loss.item() / per_epoch
         bar.update(len(window))
         if (step + 1) % per_epoch == 0:
             bar.set_postfix(loss=f"{epoch_loss:.3e}", ratio=f"{ratio:.2f}")
-            if epoch_loss < best_epoch_loss:
-                best_epoch_loss = epoch_loss
-                best = [student.state() for student in students]
             epoch_loss = 0.0
-    end = [student.state() for student in students]
-    return [end] if best is None else [best, end]
+
+
+def _optimizers(
+    students: list[StudentLayer], settings: LearningSettings, steps: int
+) -> list[torch.optim.Optimizer]:
+    """AdamW without weight decay, and sign descent for rounding offsets."""
+    groups = []
+    for kind, rate in settings.learning_rates.items():
+        parameters = [p for student in students for p in student.parameters(kind)]
+        if parameters:
+            groups.append({"params": parameters, "lr": rate})
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
+    offsets = [p for student in students for p in student.parameters("rounding")]
+    if offsets:
+        # Rates that fall linearly to zero add up to half of the first one per step.
+        rate = 2 * settings.rounding_travel / max(1, steps)
+        optimizers.append(SignDescent(offsets, rate))
+    return optimizers
 
 
 def _batch_loss(
@@ -294,16 +309,16 @@ def _window_loss(
     ratio: float,
     settings: LearningSettings,
 ) -> float:
-    """Loss over all rows, each token counted once."""
+    """Loss over up to :data:`JUDGED_ROWS` rows, each token counted once."""
     total = 0.0
-    order = [*range(len(targets))]
+    order = [*range(min(len(targets), JUDGED_ROWS))]
     with _installed(decoder, window, ratio, settings.compute_dtype):
         for batch in row_batches(decoder.lengths, settings.batch_size, order):
             hidden = decoder.batch(decoder.quantized, batch)
             output = decoder.calls.run_span(window.layers, hidden)
             errors = token_errors(output, decoder.batch(targets, batch))
             total += errors.double().sum().item()
-    return total / sum(decoder.lengths)
+    return total / sum(decoder.lengths[: len(order)])
 
 
 @torch.no_grad()
@@ -343,10 +358,17 @@ def _targets(
             grids[index],
             {name: sums[index, name] / tokens for name in grids[index]},
             settings.low_rank,
-            settings.channel_scales,
+            settings.rounding_travel > 0,
+            quantizes_inputs(grids[index])
+            if settings.channel_scales == "auto"
+            else settings.channel_scales,
             torch.Generator().manual_seed(settings.seed + index),
         )
     return targets
+
+
+def quantizes_inputs(grids: dict[str, LinearGrids]) -> bool:
+    return any(grid.input is not None for grid in grids.values())
 
 
 def _sum_squares(

@@ -36,10 +36,12 @@ def quantized_columns(ratio: float, in_features: int, group_size: int | None) ->
 
 class _QuantizeWeight(torch.autograd.Function):
     """
-    ``(clamp(round(w / scale + zero_point)) - zero_point) * scale``.
+    ``(clamp(round(w / scale + offset + zero_point)) - zero_point) * scale``.
 
     Rounding passes the gradient unchanged, the clamp has its own (zero outside), the
-    scale gets the exact derivative of the rest, the zero point none.
+    scale gets the exact derivative of the rest, the zero point none. The offset's
+    gradient leaves out the factor ``scale``: sign descent sees no difference, and the
+    tensor is the weight's own.
     """
 
     @staticmethod
@@ -48,6 +50,7 @@ class _QuantizeWeight(torch.autograd.Function):
         weight: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
+        offset: Tensor | None,
         q_min: float,
         q_max: float,
     ) -> Tensor:
@@ -55,9 +58,12 @@ class _QuantizeWeight(torch.autograd.Function):
         :param weight: fp32 ``[out, groups, columns]``
         :param scale: fp32 ``[out, groups, 1]``, positive
         :param zero_point: fp32 whole numbers ``[out, groups, 1]``, None for zero
+        :param offset: fp32 ``[out, groups, columns]`` in steps, None for zero
         """
         position = weight / scale
         shifted = position if zero_point is None else position + zero_point
+        if offset is not None:
+            shifted = shifted + offset
         code = shifted.round().clamp_(q_min, q_max)
         inside = (shifted >= q_min) & (shifted <= q_max)
         if zero_point is not None:
@@ -76,7 +82,9 @@ class _QuantizeWeight(torch.autograd.Function):
         scale_grad = None
         if derivative is not None:
             scale_grad = (grad * derivative).sum(dim=-1, keepdim=True)
-        return grad * inside, scale_grad, None, None, None
+        weight_grad = grad * inside
+        offset_grad = weight_grad if ctx.needs_input_grad[3] else None
+        return weight_grad, scale_grad, None, offset_grad, None, None
 
 
 class _QuantizeInput(torch.autograd.Function):
@@ -206,12 +214,14 @@ class WeightGrid:
         scale: Tensor,
         zero_point: Tensor | None,
         ratio: float = 1.0,
+        offset: Tensor | None = None,
     ) -> Tensor:
         """
         Weight as the checkpoint will hold it, in its leading columns.
 
         :param weight: fp32 ``[out, in]``
         :param ratio: intra-layer ratio; columns behind it stay full precision
+        :param offset: fp32 ``[out, in]``, added before rounding, in steps of the grid
         """
         columns = quantized_columns(ratio, weight.shape[-1], self.group_size)
         if columns < weight.shape[-1]:
@@ -220,12 +230,14 @@ class WeightGrid:
                 weight[:, :columns],
                 scale[:, :groups],
                 None if zero_point is None else zero_point[:, :groups],
+                offset=None if offset is None else offset[:, :columns],
             )
             return torch.cat([head, weight[:, columns:]], dim=1)
         quantized = _QuantizeWeight.apply(
             self.grouped(weight),
             scale.unsqueeze(-1),
             None if zero_point is None else zero_point.unsqueeze(-1),
+            None if offset is None else self.grouped(offset),
             self.q_min,
             self.q_max,
         )

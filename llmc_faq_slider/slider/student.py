@@ -22,13 +22,14 @@ from llmc_faq_slider.slider.learnables import (
     Kind,
     LowRank,
     NormChannelScale,
+    RoundingOffset,
 )
 from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 
 __all__ = ["FoldedLayer", "FoldedLinear", "LinearGrids", "StudentLayer"]
 
-Learnable = LowRank | Clipping | ChannelScale | NormChannelScale
+Learnable = RoundingOffset | LowRank | Clipping | ChannelScale | NormChannelScale
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class StudentLinear:
         grids: LinearGrids,
         importance: Tensor,
         rank: int,
+        rounding: bool,
         generator: torch.Generator,
     ):
         self.module = module
@@ -78,6 +80,7 @@ class StudentLinear:
         self.weight = module.weight.detach().float()
         self.bias = None if module.bias is None else module.bias.detach().float()
         self.low_rank = LowRank(self.weight, rank, generator) if rank else None
+        self.rounding = RoundingOffset(self.weight) if rounding else None
         self.clipping = Clipping(self.weight, grids.weight, importance)
         self.input_scale: ChannelScale | NormChannelScale | None = None
         self.output_scale: ChannelScale | None = None
@@ -103,7 +106,10 @@ class StudentLinear:
         """Folded weight on its grid (leading columns only below ratio 1), and bias."""
         weight, bias = self.folded()
         scale, zero_point = self.clipping.apply(weight)
-        weight = self.grids.weight.fake_quantize(weight, scale, zero_point, ratio)
+        offset = None if self.rounding is None else self.rounding.offset
+        weight = self.grids.weight.fake_quantize(
+            weight, scale, zero_point, ratio, offset
+        )
         return weight, bias
 
 
@@ -113,6 +119,7 @@ class StudentLayer:
     :param grids: number formats by name of linear, relative to the layer
     :param importance: mean square of each input channel ``[in]`` by name of linear
     :param rank: rank of the low-rank update; 0 leaves it out
+    :param rounding: learn an offset per weight before rounding
     :param channel_scales: learn channel scales at the places where they fold
     :param generator: seeds the low-rank update
     """
@@ -123,6 +130,7 @@ class StudentLayer:
         grids: dict[str, LinearGrids],
         importance: dict[str, Tensor],
         rank: int,
+        rounding: bool,
         channel_scales: bool,
         generator: torch.Generator,
     ):
@@ -133,6 +141,7 @@ class StudentLayer:
                 grids[name],
                 importance[name],
                 rank,
+                rounding,
                 generator,
             )
             for name in grids
@@ -178,6 +187,8 @@ class StudentLayer:
             found.append(linear.clipping)
             if linear.low_rank is not None:
                 found.append(linear.low_rank)
+            if linear.rounding is not None:
+                found.append(linear.rounding)
         return found
 
     def parameters(self, kind: Kind) -> list[Tensor]:
@@ -241,6 +252,8 @@ class StudentLayer:
         for name, linear in self.linears.items():
             weight, bias = linear.folded()
             scale, zero_point = linear.clipping.apply(weight)
+            if linear.rounding is not None:
+                weight, _ = linear.quantized(1.0)
             linears[name] = FoldedLinear(weight, bias, scale, zero_point)
         norms = {name: scale.folded() for name, scale in self.norm_scales.items()}
         return FoldedLayer(linears, norms)

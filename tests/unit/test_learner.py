@@ -45,6 +45,7 @@ def settings(**changes):
         epochs=4,
         batch_size=4,
         low_rank=2,
+        rounding_travel=0.2,
         channel_scales=True,
         learning_rates={"low_rank": 1e-3, "clipping": 1e-2, "channel_scale": 1e-3},
         compute_dtype=torch.float32,

@@ -120,6 +120,19 @@ def test_gradients_of_weight_and_scale(symmetric):
     torch.testing.assert_close(scale.grad, expected)
 
 
+def test_offset_moves_codes_and_takes_the_gradient_of_the_weight():
+    grid = WeightGrid(4, True, 8, torch.float32)
+    weight = weight_like(2, 16, seed=1).requires_grad_()
+    scale, _ = grid.qparams(*grid.bounds(weight))
+    offset = torch.full_like(weight, 0.5).mul_(weight.detach().sign()).requires_grad_()
+    plain = grid.fake_quantize(weight, scale, None)
+    moved = grid.fake_quantize(weight, scale, None, offset=offset)
+    steps = (moved - plain).unflatten(-1, (-1, 8)) / scale.unsqueeze(-1)
+    assert steps.abs().max() <= 1 + 1e-4 and steps.abs().mean() > 0.3
+    moved.sum().backward()
+    assert torch.equal(offset.grad, weight.grad)
+
+
 def test_stored_scale_passes_the_gradient_of_its_bound():
     grid = WeightGrid(4, True, None, torch.bfloat16)
     upper = torch.full((2, 1), 0.3, requires_grad=True)

@@ -62,14 +62,14 @@ def random_model(name):
     return model
 
 
-def student_of(layer, weight_grid, input_grid=None, rank=4):
+def student_of(layer, weight_grid, input_grid=None, rank=4, rounding=True):
     grids = {name: LinearGrids(weight_grid, input_grid) for name in LINEARS}
     importance = {
         name: torch.rand(layer.get_submodule(name).in_features) + 0.1
         for name in LINEARS
     }
     generator = torch.Generator().manual_seed(1)
-    return StudentLayer(layer, grids, importance, rank, True, generator)
+    return StudentLayer(layer, grids, importance, rank, rounding, True, generator)
 
 
 @torch.no_grad()
@@ -83,6 +83,8 @@ def randomise(student, kinds):
                 parameter.copy_(torch.exp(0.5 * noise))
             elif learnable.kind == "clipping":
                 parameter.copy_(1.5 + noise)
+            elif learnable.kind == "rounding":
+                parameter.copy_(torch.rand_like(parameter) - 0.5)
             else:
                 parameter.add_(0.05 * noise)
 
@@ -133,7 +135,7 @@ def test_folded_layer_computes_what_training_saw(name, weight_grid, input_grid):
     hidden, calls = inputs_of_first_layer(model)
     layer = model.model.layers[0]
     student = student_of(layer, weight_grid, input_grid)
-    randomise(student, {"low_rank", "clipping", "channel_scale"})
+    randomise(student, {"rounding", "low_rank", "clipping", "channel_scale"})
     with torch.no_grad(), student.installed(1.0, torch.float32):
         trained = calls.run(0, hidden)
     grids = {n: linear.grids for n, linear in student.linears.items()}
@@ -143,7 +145,7 @@ def test_folded_layer_computes_what_training_saw(name, weight_grid, input_grid):
         folded = calls.run(0, hidden)
     same = torch.isclose(folded, trained, rtol=1e-4, atol=1e-5)
     # An input on the edge between two codes may fall to either side by fp32 rounding.
-    assert same.all() if input_grid is None else same.float().mean() > 0.97
+    assert same.all() if input_grid is None else same.float().mean() > 0.95
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -153,7 +155,9 @@ def test_channel_scales_alone_leave_full_precision_logits_unchanged(name):
     with torch.no_grad():
         before = model(ids).logits
     for layer in model.model.layers:
-        student = student_of(layer, WeightGrid(4, True, 16, torch.float32), rank=0)
+        student = student_of(
+            layer, WeightGrid(4, True, 16, torch.float32), rank=0, rounding=False
+        )
         assert len(student.norm_scales) == 2 and len(student.channel_scales) == 2
         randomise(student, {"channel_scale"})
         folded = student.fold()
@@ -190,7 +194,7 @@ def test_every_learnable_gets_a_gradient_and_the_modules_are_left_alone():
     student = student_of(
         layer, WeightGrid(3, False, 16, torch.float32), ActivationGrid(8)
     )
-    randomise(student, {"low_rank", "clipping", "channel_scale"})
+    randomise(student, {"rounding", "low_rank", "clipping", "channel_scale"})
     with student.installed(0.5, torch.float32):
         calls.run(0, hidden).square().mean().backward()
     for learnable in student.learnables():

@@ -1,0 +1,108 @@
+"""Number formats and quantisation methods by name, as recipe stages."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.autoround import AutoRoundModifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+from llmc_faq_slider import SliderQuantModifier
+
+__all__ = ["METHODS", "Arm", "config_groups", "stages"]
+
+METHODS = {
+    "full_precision": "full precision",
+    "nearest": "round to nearest",
+    "gptq": "GPTQ",
+    "smoothquant_gptq": "SmoothQuant + GPTQ",
+    "awq": "AWQ",
+    "autoround": "AutoRound, 200 iterations",
+    "slider_paper": "SliderQuant, the paper's settings",
+    "slider_fixed": "SliderQuant, fixed windows only",
+    "slider_fast": "SliderQuant, fast",
+    "slider": "SliderQuant",
+    "slider_best": "SliderQuant, best",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: everything that decides its result."""
+
+    model: str
+    scheme: str
+    method: str
+    seed: int
+    rows: int
+    length: int
+    evaluation_rows: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def config_groups(scheme: str, group_size: int) -> dict[str, Any]:
+    """
+    ``W4A8`` symmetric in groups, inputs int8 per token; ``W2A16_asym`` with zero
+    points; ``W3A16_channel`` with one scale per output channel.
+    """
+    name, *details = scheme.split("_")
+    weights: dict[str, Any] = {
+        "num_bits": int(name[1]),
+        "type": "int",
+        "symmetric": "asym" not in details,
+        "strategy": "channel" if "channel" in details else "group",
+    }
+    if weights["strategy"] == "group":
+        weights["group_size"] = group_size
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    input_bits = int(name.partition("A")[2])
+    if input_bits < 16:
+        group["input_activations"] = {
+            "num_bits": input_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {"group_0": group}
+
+
+def stages(arm: Arm, group_size: int) -> list[Modifier]:
+    """The recipe of an arm; settings of an arm go to its last stage."""
+    fields: dict[str, Any] = {
+        "ignore": ["lm_head"],
+        "config_groups": config_groups(arm.scheme, group_size),
+        **arm.settings,
+    }
+    slider = {"batch_size": 8, "seed": arm.seed} | fields
+    match arm.method:
+        case "nearest":
+            return [QuantizationModifier(**fields)]
+        case "gptq":
+            return [GPTQModifier(**fields)]
+        case "smoothquant_gptq":
+            smooth = SmoothQuantModifier(smoothing_strength=0.5)
+            return [smooth, GPTQModifier(**fields)]
+        case "awq":
+            return [AWQModifier(), QuantizationModifier(**fields)]
+        case "autoround":
+            # Compiling needs a compiler and minutes; it changes no result.
+            return [AutoRoundModifier(enable_torch_compile=False, **fields)]
+        case "slider_paper":
+            paper: dict[str, Any] = {
+                "ratio": 0.5,
+                "epochs": 60 if arm.scheme.startswith("W2") else 20,
+                "low_rank_lr": 1e-4,
+                "clipping_lr": 1e-2,
+                "channel_scale_lr": 1e-3,
+            }
+            return [SliderQuantModifier(**paper | slider)]
+        case "slider_fixed":
+            fixed = {"shallow_layers": 0, "deep_layers": 0}
+            return [SliderQuantModifier(**fixed | slider)]
+        case "slider":
+            return [SliderQuantModifier(**slider)]
+    raise ValueError(f"unknown method {arm.method}; known: {', '.join(METHODS)}")

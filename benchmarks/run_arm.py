@@ -1,0 +1,103 @@
+"""Runs one arm in a process of its own and writes its result as JSON.
+
+python -m benchmarks.run_arm SPEC.json RESULT.json
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from loguru import logger
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.methods import Arm, stages
+from benchmarks.texts import FILES, calibration_rows, evaluation_rows
+from llmc_faq_slider import oneshot
+from llmc_faq_slider.report.perplexity import kl_divergence, next_token_loss
+
+EVALUATION_LENGTH = 512
+
+
+def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
+    """Quality per text and task, and cost, of one arm."""
+    tokenizer = AutoTokenizer.from_pretrained(arm.model)
+    model = load(arm.model)
+    cost = None
+    if arm.method != "full_precision":
+        rows = calibration_rows(tokenizer, arm.seed, arm.rows, arm.length)
+        cost = quantize(model, arm, group_size, rows)
+    reference = load(arm.model)
+    quality = {}
+    for name in FILES:
+        rows = evaluation_rows(tokenizer, name, arm.evaluation_rows, EVALUATION_LENGTH)
+        quality[name] = {
+            "loss": next_token_loss(model, rows),
+            "kl": kl_divergence(reference, model, rows[: max(1, len(rows) // 4)]),
+        }
+    scores = task_scores(model, tokenizer, tasks) if tasks else {}
+    return {"quality": quality, "tasks": scores, "cost": cost}
+
+
+def load(model: str) -> PreTrainedModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+
+
+def quantize(
+    model: PreTrainedModel, arm: Arm, group_size: int, rows: torch.Tensor
+) -> dict[str, float]:
+    """Runs the recipe on the model; wall and CPU or GPU seconds, peak memory in MB."""
+    data = Dataset.from_dict(
+        {"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()}
+    )
+    recipe = stages(arm, group_size)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    wall, cpu = time.monotonic(), time.process_time()
+    oneshot(model=model, recipe=recipe, dataset=data, num_calibration_samples=arm.rows)
+    cost = {"wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu}
+    if on_gpu:
+        cost["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cost["peak_mb"] = peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return cost
+
+
+def task_scores(
+    model: PreTrainedModel, tokenizer: Any, tasks: list[str]
+) -> dict[str, float]:
+    """Accuracy per lm-eval task."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        sys.exit("--tasks needs lm-eval: pip install 'llmc-faq-slider[eval]'")
+    found = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=tasks)
+    return {
+        task: float(values.get("acc_norm,none", values.get("acc,none")))
+        for task, values in found["results"].items()
+    }
+
+
+def main() -> None:
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    torch.manual_seed(spec["arm"]["seed"])
+    result = run(Arm(**spec["arm"]), spec["group_size"], spec["tasks"])
+    result["threads"] = torch.get_num_threads()
+    target = Path(sys.argv[2])
+    draft = target.with_suffix(".part")
+    draft.write_text(json.dumps(spec | result, indent=1))
+    draft.rename(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Runs arms side by side, one process each, and keeps what is already there."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from benchmarks.methods import Arm
+from benchmarks.texts import ROOT
+
+__all__ = ["Result", "group_size_for", "run_arms"]
+
+Result = dict[str, Any]
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+
+
+def group_size_for(model: str) -> int:
+    """128, or the largest smaller power of two that divides all inputs of linears."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    attention = config.num_attention_heads * (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
+    sizes = (config.hidden_size, config.intermediate_size, attention)
+    return next(g for g in (128, 64, 32, 16) if all(size % g == 0 for size in sizes))
+
+
+def run_arms(
+    arms: list[Arm], output: Path, jobs: int, group_size: int, tasks: list[str]
+) -> list[Result]:
+    """
+    One result per arm, in order. An arm whose specification, code and packages are
+    those of a stored result is not run again.
+
+    :param jobs: arms at a time; each gets an equal share of the cores
+    :raises RuntimeError: if an arm fails, with the end of its log
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with Progress() as progress, ThreadPoolExecutor(jobs) as pool:
+        bar = progress.add_task("arms", total=len(arms))
+
+        def run(arm: Arm) -> Result:
+            result = run_arm(arm, output, threads, group_size, tasks)
+            progress.advance(bar)
+            return result
+
+        return list(pool.map(run, arms))
+
+
+def run_arm(
+    arm: Arm, output: Path, threads: int, group_size: int, tasks: list[str]
+) -> Result:
+    spec = {
+        "arm": vars(arm),
+        "group_size": group_size,
+        "tasks": tasks,
+        "versions": {name: version(name) for name in PACKAGES},
+        "code": source_digest() if arm.method.startswith("slider") else None,
+    }
+    settings = "".join(f"-{k}={v}" for k, v in arm.settings.items())
+    name = f"{arm.scheme}-{arm.method}{settings}-seed{arm.seed}".replace("/", "_")
+    target = output / f"{name}.json"
+    if target.exists():
+        stored = json.loads(target.read_text())
+        if all(stored.get(key) == value for key, value in spec.items()):
+            return stored
+    request, log = output / f"{name}.spec", output / f"{name}.log"
+    request.write_text(json.dumps(spec))
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.run_arm", str(request), str(target)],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"},
+        )
+    if done.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"arm {name} failed, see {log}:\n{tail}")
+    return json.loads(target.read_text())
+
+
+def source_digest() -> str:
+    """Changes with the code that quantises."""
+    digest = hashlib.sha256()
+    for folder in ("slider", "host"):
+        for path in sorted((ROOT / "llmc_faq_slider" / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
