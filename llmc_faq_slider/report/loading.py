@@ -37,8 +37,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cpu") if accelerator is None else accelerator
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"The device {name!r} cannot be used here: {_first_line(error)}"
         ) from error
@@ -53,12 +53,19 @@ def full_precision_config(model: str) -> PretrainedConfig:
     :raises ValueError: if there is no such model, or it is quantised
     """
     folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"The folder {model!r} holds no config.json, so it is no model folder."
+        )
     if not folder.is_dir() and (model.startswith((".", "/", "~")) or folder.exists()):
         raise ValueError(
             f"There is no model folder {model!r}. Give a folder with a config.json, or "
             "the id of a model on the hub."
         )
-    with _loading(f"No model configuration can be read from {model!r}"):
+    with _loading(
+        f"The configuration of {model!r} cannot be read"
+        + ("" if folder.is_dir() else "; it is no folder here, and as a hub id")
+    ):
         config = AutoConfig.from_pretrained(_source(model))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -71,7 +78,11 @@ def full_precision_config(model: str) -> PretrainedConfig:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """:raises ValueError: if the model comes without one"""
     with _loading(f"No tokenizer can be loaded from {model!r}"):
-        return AutoTokenizer.from_pretrained(_source(model))
+        tokenizer = AutoTokenizer.from_pretrained(_source(model))
+        # Where the files are missing, transformers makes one without a vocabulary.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is missing")
+        return tokenizer
 
 
 def load_model(model: str, dtype: Dtype = "auto") -> PreTrainedModel:
@@ -99,4 +110,5 @@ def _loading(problem: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:") + "."
