@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_channel_scales": {"channel_scales": False},
     "low_rank_lr_1e-3": {"low_rank_lr": 1e-3},
     "low_rank_lr_2e-2": {"low_rank_lr": 2e-2},
+    "auto_windows": {"shallow_layers": "auto", "deep_layers": "auto"},
     "epochs_10": {"epochs": 10},
     "epochs_20": {"epochs": 20},
 }

@@ -10,8 +10,8 @@ from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
-from pydantic import Field, PrivateAttr
-from torch import nn
+from pydantic import Field, NonNegativeInt, PrivateAttr
+from torch import Tensor, nn
 
 from llmc_faq_slider.host.checks import (
     check_other_stages,
@@ -31,6 +31,11 @@ from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
     learn_windows,
+)
+from llmc_faq_slider.slider.proposal import propose_windows
+from llmc_faq_slider.slider.sensitivity import (
+    measure_sensitivity,
+    sample_rows,
 )
 from llmc_faq_slider.slider.stream import capture_decoder
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
@@ -78,8 +83,11 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     - on_calibration_end
         - freeze the modules' quantisation
 
-    :param shallow_layers: number of growing windows L_s, 0 for none
-    :param deep_layers: number of shrinking windows L_d, 0 for none
+    :param shallow_layers: number of growing windows L_s, 0 for none; ``auto`` measures
+        on some calibration rows what quantising each layer alone does to the output,
+        and takes as many as the first layers stand out
+    :param deep_layers: number of shrinking windows L_d, 0 for none; ``auto`` as above,
+        for the last layers
     :param window_size: layers per fixed window s
     :param window_stride: layers by which a fixed window moves, i
     :param ratio: intra-layer ratio γ; a window is trained in 1/γ stages that quantise
@@ -105,8 +113,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param seed: seeds the low-rank starts and the order of rows
     """
 
-    shallow_layers: int = Field(default=4, ge=0)
-    deep_layers: int = Field(default=4, ge=0)
+    shallow_layers: Literal["auto"] | NonNegativeInt = 4
+    deep_layers: Literal["auto"] | NonNegativeInt = 4
     window_size: int = Field(default=2, ge=1)
     window_stride: int = Field(default=1, ge=1)
     ratio: float = Field(default=1.0, gt=0, le=1)
@@ -179,8 +187,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             hidden, calls = capture_decoder(model, layers, rows, device)
             windows = window_schedule(
                 len(layers),
-                self.shallow_layers,
-                self.deep_layers,
+                *self._end_windows(model, layers, rows, grids, device),
                 self.window_size,
                 self.window_stride,
             )
@@ -217,6 +224,31 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             index: {name: linear_grids(module) for name, module in modules.items()}
             for index, modules in inside.items()
         }
+
+    def _end_windows(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        rows: list[Tensor],
+        grids: dict[int, dict[str, LinearGrids]],
+        device: torch.device,
+    ) -> tuple[int, int]:
+        """Numbers of growing and shrinking windows, measured where they are auto."""
+        shallow, deep = self.shallow_layers, self.deep_layers
+        if shallow != "auto" and deep != "auto":
+            return shallow, deep
+        measured = measure_sensitivity(model, layers, sample_rows(rows), grids, device)
+        values = [layer.kl for layer in measured.layers]
+        proposal = propose_windows(values)
+        logger.info(
+            f"SliderQuant: sensitivity proposes {proposal.shallow_layers} shallow and "
+            f"{proposal.deep_layers} deep layers; KL in nats per token when one layer "
+            f"alone is quantised: {', '.join(f'{value:.2g}' for value in values)}"
+        )
+        return (
+            proposal.shallow_layers if shallow == "auto" else shallow,
+            proposal.deep_layers if deep == "auto" else deep,
+        )
 
     def _settings(self) -> LearningSettings:
         return LearningSettings(

@@ -64,18 +64,32 @@ def capture_decoder(
     :param rows: token ids ``[length]`` without padding
     :return: hidden states ``[1, length, hidden]`` per row, in the model's dtype, on the
         CPU, and the calls
-    :raises ValueError: if a layer's input is not the output of the layer before it
+    :raises ValueError: if a layer's input is not the output of the layer before it, has
+        another shape, or a layer is given anything else that depends on the tokens
     """
     arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     hidden: list[Tensor] = []
     previous: list[Tensor] = []
 
     def first_layer(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
+        kwargs = dict(kwargs)
+        states = args[0] if args else kwargs.pop("hidden_states")
+        if states.ndim != 3:
+            raise ValueError(
+                "The decoder layers take hidden states of shape "
+                f"{list(states.shape)}, not [rows, tokens, hidden]. SliderQuant needs "
+                "a plain chain of decoder layers; this architecture is not supported."
+            )
         hidden.append(states.detach().to("cpu", copy=True))
-        if states.shape[1] in arguments:
+        known = arguments.setdefault(states.shape[1], [])
+        if known and not _same(known[0], (args[1:], kwargs)):
+            raise ValueError(
+                "The decoder layers are given more than hidden states that depends on "
+                "the tokens. SliderQuant needs a plain chain of decoder layers; this "
+                "architecture is not supported."
+            )
+        if known:
             raise _StopForward
-        arguments[states.shape[1]] = []
 
     def every_layer(_module: nn.Module, args: Any, kwargs: Any) -> None:
         kwargs = dict(kwargs)
@@ -110,6 +124,19 @@ def capture_decoder(
         for handle in handles:
             handle.remove()
     return hidden, DecoderCalls(layers, arguments)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether all tensors in two nested arguments are equal."""
+    if isinstance(before, Tensor):
+        return isinstance(now, Tensor) and torch.equal(before, now)
+    if isinstance(before, dict):
+        return before.keys() == now.keys() and all(
+            _same(value, now[key]) for key, value in before.items()
+        )
+    if isinstance(before, list | tuple):
+        return len(before) == len(now) and all(map(_same, before, now))
+    return True
 
 
 def row_batches(

@@ -75,6 +75,8 @@ def test_oneshot_is_llm_compressors_own():
         ({"low_rank": -1}, "low_rank"),
         ({"stage_order": "both"}, "stage_order"),
         ({"widnow_size": 3}, "widnow_size"),
+        ({"shallow_layers": -1}, "shallow_layers"),
+        ({"deep_layers": "all"}, "deep_layers"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
