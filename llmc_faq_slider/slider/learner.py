@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llmc_faq_slider.slider.head import OutputHead
 from llmc_faq_slider.slider.learnables import Kind
 from llmc_faq_slider.slider.optimizer import SignDescent
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
@@ -27,6 +29,8 @@ __all__ = ["LearningSettings", "WindowResult", "learn_windows", "stage_ratios"]
 
 # Rows that tell whether a window's end is better than its start.
 JUDGED_ROWS = 32
+# Tokens of a batch whose logits are compared; those of a whole batch can be gigabytes.
+JUDGED_TOKENS = 1024
 
 Commit = Callable[[int, FoldedLayer], None]
 
@@ -81,6 +85,7 @@ class _Decoder:
     full_precision: list[Tensor]
     quantized: list[Tensor]
     device: torch.device
+    head: OutputHead | None
     students: dict[int, StudentLayer] = field(default_factory=dict)
 
     @property
@@ -105,6 +110,7 @@ def learn_windows(
     settings: LearningSettings,
     device: torch.device,
     commit: Commit,
+    head: OutputHead | None = None,
 ) -> list[WindowResult]:
     """
     Learn every window in order and hand each layer to ``commit`` after its last visit.
@@ -116,9 +122,11 @@ def learn_windows(
     :param windows: training order from :func:`window_schedule`
     :param commit: writes the folded layer into the model; the layer must then compute
         with its quantised weights
+    :param head: with it, windows that end at the last layer match the next-token
+        distribution instead of the hidden states
     :return: one result per window, of its last stage
     """
-    decoder = _Decoder(calls, list(hidden), list(hidden), device)
+    decoder = _Decoder(calls, list(hidden), list(hidden), device, head)
     if settings.stage_order == "window":
         sweeps = [stage_ratios(settings.ratio)]
     else:
@@ -282,7 +290,16 @@ def _batch_loss(
     hidden = decoder.batch(decoder.quantized, batch)
     with _installed(decoder, window, ratio, settings.compute_dtype):
         output = decoder.calls.run_span(window.layers, hidden)
-    return token_errors(output, decoder.batch(targets, batch)).mean()
+        return _errors(decoder, window, output, decoder.batch(targets, batch)).mean()
+
+
+def _errors(
+    decoder: _Decoder, window: Window, output: Tensor, target: Tensor
+) -> Tensor:
+    """What a window lowers the mean of, per token ``[rows, length]``."""
+    if decoder.head is None or window.stop < len(decoder.calls.layers):
+        return token_errors(output, target)
+    return divergences(decoder.head, output, target)
 
 
 def token_errors(output: Tensor, target: Tensor) -> Tensor:
@@ -301,6 +318,24 @@ def token_errors(output: Tensor, target: Tensor) -> Tensor:
     return error / target.square().mean(-1).clamp(min=1e-12)
 
 
+def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
+    """
+    KL divergence of the next-token distribution from full precision, in nats.
+
+    Departure from eq. (1): nothing follows the last layer that could make good what
+    its hidden state lacks, and its directions do not count alike for the logits.
+
+    :param output: last hidden states ``[rows, length, hidden]``
+    :return: fp32 ``[1, tokens]`` of at most :data:`JUDGED_TOKENS` tokens, evenly spaced
+    """
+    tokens = output.shape[0] * output.shape[1]
+    chosen = torch.arange(0, tokens, -(-tokens // JUDGED_TOKENS), device=output.device)
+    with torch.no_grad():
+        expected = head.log_probabilities(target.flatten(0, 1)[chosen].unsqueeze(0))
+    found = head.log_probabilities(output.flatten(0, 1)[chosen].unsqueeze(0))
+    return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+
+
 @torch.no_grad()
 def _window_loss(
     decoder: _Decoder,
@@ -309,16 +344,16 @@ def _window_loss(
     ratio: float,
     settings: LearningSettings,
 ) -> float:
-    """Loss over up to :data:`JUDGED_ROWS` rows, each token counted once."""
+    """Loss over up to :data:`JUDGED_ROWS` rows."""
     total = 0.0
     order = [*range(min(len(targets), JUDGED_ROWS))]
     with _installed(decoder, window, ratio, settings.compute_dtype):
         for batch in row_batches(decoder.lengths, settings.batch_size, order):
             hidden = decoder.batch(decoder.quantized, batch)
             output = decoder.calls.run_span(window.layers, hidden)
-            errors = token_errors(output, decoder.batch(targets, batch))
-            total += errors.double().sum().item()
-    return total / sum(decoder.lengths[: len(order)])
+            errors = _errors(decoder, window, output, decoder.batch(targets, batch))
+            total += errors.double().mean().item() * len(batch)
+    return total / len(order)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
-from pydantic import Field, NonNegativeInt, PrivateAttr
+from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_faq_slider.host.checks import (
@@ -27,6 +27,7 @@ from llmc_faq_slider.host.decoder import (
 from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
 from llmc_faq_slider.host.postconditions import check_committed, check_losses
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
+from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
@@ -42,6 +43,13 @@ from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
 from llmc_faq_slider.slider.windows import window_schedule
 
 __all__ = ["SliderQuantModifier"]
+
+# Fields that a preset sets where the recipe does not.
+PRESETS: dict[str, dict[str, int]] = {
+    "fast": {"epochs": 2},
+    "default": {"epochs": 5},
+    "best": {"epochs": 15},
+}
 
 
 class SliderQuantModifier(Modifier, QuantizationMixin):
@@ -96,6 +104,10 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param stage_order: ``window`` runs all stages inside each window (the paper);
         ``sweep`` runs one pass over all windows per stage (the released code), and
         keeps the learned tensors of all layers in memory
+    :param preset: ``fast``, ``default`` or ``best``: how many epochs, where ``epochs``
+        is not given. The saved recipe.yaml records the number
+    :param match_logits: windows that end at the last layer match the full-precision
+        next-token distribution instead of the hidden states, a departure from the paper
     :param epochs: passes over the calibration rows per window, shared by its stages
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
@@ -119,7 +131,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     window_stride: int = Field(default=1, ge=1)
     ratio: float = Field(default=1.0, gt=0, le=1)
     stage_order: Literal["window", "sweep"] = "window"
-    epochs: int = Field(default=5, ge=1)
+    preset: Literal["fast", "default", "best"] = "default"
+    match_logits: bool = True
+    epochs: int = Field(default=PRESETS["default"]["epochs"], ge=1)
     batch_size: int = Field(default=4, ge=1)
     low_rank: int = Field(default=4, ge=0)
     rounding_travel: float = Field(default=0.4, ge=0)
@@ -129,6 +143,14 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     channel_scale_lr: float = Field(default=3e-3, ge=0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, fields: Any) -> Any:
+        """Fields that the recipe leaves out take the preset's values."""
+        if isinstance(fields, dict):
+            return PRESETS.get(fields.get("preset", "default"), {}) | fields
+        return fields
 
     _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
     _results: list[WindowResult] = PrivateAttr(default_factory=list)
@@ -183,7 +205,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         device = get_main_device()
         training = model.training
         model.eval()
-        with DisableQuantization(model):
+        with DisableQuantization(model), frozen(model):
             hidden, calls = capture_decoder(model, layers, rows, device)
             windows = window_schedule(
                 len(layers),
@@ -196,8 +218,16 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 f"{len(windows)} windows, {sum(map(len, rows))} calibration tokens in "
                 f"{len(rows)} rows"
             )
+            head = OutputHead(model, calls, hidden[0].to(device))
             self._results = learn_windows(
-                calls, hidden, grids, windows, self._settings(), device, commit
+                calls,
+                hidden,
+                grids,
+                windows,
+                self._settings(),
+                device,
+                commit,
+                head if self.match_logits else None,
             )
         model.train(training)
         check_losses(self._results)

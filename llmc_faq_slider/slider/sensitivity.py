@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llmc_faq_slider.slider.head import OutputHead, replaced_forwards
 from llmc_faq_slider.slider.quantizer import WeightGrid
-from llmc_faq_slider.slider.stream import DecoderCalls, capture_decoder, row_batches
+from llmc_faq_slider.slider.stream import capture_decoder, row_batches
 from llmc_faq_slider.slider.student import LinearGrids
 
 __all__ = [
@@ -95,7 +96,7 @@ def measure_sensitivity(
     :raises ValueError: if the layers are no plain chain, or outputs are not finite
     """
     hidden, calls = capture_decoder(model, layers, rows, device)
-    head = _Head(model, calls, rows[0], hidden[0], device)
+    head = OutputHead(model, calls, hidden[0].to(device))
     lengths = [len(row) for row in rows]
     predicted = sum(lengths) - len(rows)
     size = max(1, BATCH_TOKENS // max(lengths))
@@ -111,8 +112,7 @@ def measure_sensitivity(
             for index in range(len(layers)):
                 states.append(calls.run(index, states[-1]))
             expected = [
-                head.log_probabilities(row, state)
-                for row, state in zip(ids, states[-1], strict=True)
+                head.log_probabilities(state.unsqueeze(0))[0] for state in states[-1]
             ]
             full_precision += sum(map(_loss, expected, ids))
             for index, formats in grids.items():
@@ -120,7 +120,7 @@ def measure_sensitivity(
                     output = calls.run(index, states[index])
                 output = calls.run_span(range(index + 1, len(layers)), output)
                 for row, state, reference in zip(ids, output, expected, strict=True):
-                    found = head.log_probabilities(row, state)
+                    found = head.log_probabilities(state.unsqueeze(0))[0]
                     kl[index] += _divergence(reference, found)
                     loss[index] += _loss(found, row)
                 bar.update(len(layers) - index)
@@ -148,7 +148,7 @@ def rounded_to_nearest(
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         forwards[linear] = _rounded_forward(linear, formats)
-    with _replaced_forwards(forwards):
+    with replaced_forwards(forwards):
         yield
 
 
@@ -168,65 +168,6 @@ def _rounded_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
     precise = weight.float()
     scale, zero_point = grid.qparams(*grid.bounds(precise))
     return grid.fake_quantize(precise, scale, zero_point).to(weight.dtype)
-
-
-@contextmanager
-def _replaced_forwards(
-    forwards: Mapping[nn.Module, Callable[..., Any]],
-) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in before.items():
-            if original is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = original
-
-
-class _Head:
-    """
-    What the model makes of the last decoder layer's output.
-
-    The model itself is called, with its layers passed over, so that final norm, logit
-    scaling and capping are its own.
-
-    :param row: token ids ``[length]``
-    :param hidden: the first layer's input for them, ``[1, length, hidden]``
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        calls: DecoderCalls,
-        row: Tensor,
-        hidden: Tensor,
-        device: torch.device,
-    ):
-        self.model = model
-        self.layers = calls.layers
-        args, kwargs = calls.arguments[len(row)][0]
-        output = calls.layers[0](hidden.to(device), *args, **kwargs)
-        # Some models' layers return a tuple and their loops take its first entry.
-        self.wrapped = isinstance(output, tuple)
-
-    def log_probabilities(self, row: Tensor, hidden: Tensor) -> Tensor:
-        """
-        :param row: token ids ``[length]``
-        :param hidden: output of the last decoder layer ``[length, hidden]``
-        :return: fp32 ``[length, vocabulary]``
-        """
-        states = hidden.unsqueeze(0)
-
-        def passed_over(*_args: Any, **_kwargs: Any) -> Any:
-            return (states,) if self.wrapped else states
-
-        with _replaced_forwards(dict.fromkeys(self.layers, passed_over)):
-            logits = self.model(input_ids=row.unsqueeze(0), use_cache=False).logits
-        return logits[0].float().log_softmax(dim=-1)
 
 
 def _divergence(reference: Tensor, found: Tensor) -> float:

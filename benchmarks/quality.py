@@ -1,0 +1,183 @@
+"""SliderQuant against its peers at the same bits, rows and machine.
+
+    make bench-quality
+    python -m benchmarks.quality --model .cache/models/... --schemes W4A16,W3A16
+
+One process per arm. Writes every arm's JSON, ``summary.json`` and ``table.md`` to the
+output folder, and exits with 1 when a bound of the README is missed. An arm whose
+result is there already is not run again. Schemes are symmetric in groups:
+llm-compressor's AutoRound stage loses the zero points of asymmetric ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.methods import METHODS, Arm
+from benchmarks.runner import Result, group_size_for, run_arms
+from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
+
+SCHEMES = ("W4A16", "W4A8", "W3A16", "W2A16", "W4A4")
+NEED_NO_DATA = ("full_precision", "nearest")
+# Loss of SliderQuant's defaults as a share of a method's, at most.
+BOUNDS = {
+    "W4A16": {"gptq": 0.80, "autoround": 1.0, "slider_fixed": 1.0},
+    "W4A8": {"gptq": 0.80, "autoround": 1.0, "slider_fixed": 1.0},
+    "W3A16": {"gptq": 0.60, "autoround": 1.0, "slider_fixed": 1.0},
+    "W2A16": {"gptq": 0.45, "autoround": 1.0, "slider_fixed": 1.0},
+    "W4A4": {"smoothquant_gptq": 0.50, "slider_fixed": 1.0},
+}
+
+
+def methods_for(scheme: str) -> list[str]:
+    """The methods that a scheme is measured against, and ours."""
+    quantizes_inputs = "A16" not in scheme
+    return [
+        "nearest",
+        "gptq",
+        *(["smoothquant_gptq"] if quantizes_inputs else []),
+        *(["awq"] if torch.cuda.is_available() else []),
+        *(["autoround"] if "A4" not in scheme else []),
+        "slider_paper",
+        "slider_fixed",
+        "slider_fast",
+        "slider",
+    ]
+
+
+def small_or_real(model: str) -> str:
+    """Folder of a model by its short name; SmolLM2 is fetched when it is not there."""
+    if model in ("small", "large"):
+        return str(ROOT / "tests" / "models" / model)
+    if model == "smollm2":
+        import smollm2
+
+        folder = CACHE / "models" / "SmolLM2-135M-Instruct"
+        return str(smollm2.build(folder, CACHE / "downloads"))
+    return model
+
+
+def loss(result: Result, full: Result, texts: list[str]) -> float:
+    """Mean over texts of ln ppl(quantised) - ln ppl(full precision)."""
+    quality, base = result["quality"], full["quality"]
+    return mean(quality[t]["loss"] - base[t]["loss"] for t in texts)
+
+
+def summarize(full: Result, results: list[Result]) -> list[dict[str, object]]:
+    """One entry per scheme and method: means over seeds, and the losses by seed."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        arm = result["arm"]
+        groups.setdefault((arm["scheme"], arm["method"]), []).append(result)
+    abroad = [name for name in FILES if name != IN_DOMAIN]
+    summary = []
+    for (scheme, method), found in groups.items():
+        losses = [loss(result, full, list(FILES)) for result in found]
+        summary.append(
+            {
+                "scheme": scheme,
+                "method": method,
+                "losses": losses,
+                "loss": mean(losses),
+                "spread": stdev(losses) if len(losses) > 1 else 0.0,
+                "in_domain": mean(loss(r, full, [IN_DOMAIN]) for r in found),
+                "out_of_domain": mean(loss(r, full, abroad) for r in found),
+                "kl": mean(r["quality"][t]["kl"] for r in found for t in FILES),
+                "tasks": {
+                    task: mean(r["tasks"][task] for r in found)
+                    for task in found[0]["tasks"]
+                },
+                **{
+                    key: mean(result["cost"][key] for result in found)
+                    for key in ("wall_s", "cpu_s", "peak_mb")
+                },
+            }
+        )
+    return summary
+
+
+def markdown(summary: list[dict], seeds: int) -> str:
+    lines = [
+        "| scheme | method | loss | in domain | out of domain | KL | CPU s | MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary:
+        spread = f" ± {row['spread']:.3f}" if seeds > 1 and row["spread"] else ""
+        lines.append(
+            f"| {row['scheme']} | {METHODS[row['method']]} "
+            f"| {row['loss']:.3f}{spread} | {row['in_domain']:.3f} "
+            f"| {row['out_of_domain']:.3f} | {row['kl']:.3f} "
+            f"| {row['cpu_s']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(summary: list[dict]) -> list[tuple[str, bool]]:
+    """Each bound as a sentence, and whether it holds."""
+    losses = {(row["scheme"], row["method"]): row["loss"] for row in summary}
+    found = []
+    for scheme, bounds in BOUNDS.items():
+        for method, bound in bounds.items():
+            if (scheme, method) in losses and (scheme, "slider") in losses:
+                share = losses[scheme, "slider"] / losses[scheme, method]
+                holds = losses[scheme, "slider"] <= bound * losses[scheme, method]
+                text = f"{scheme}: {share:.2f} x {METHODS[method]} (at most {bound})"
+                found.append((text, holds))
+    return found
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="smollm2, small, large, a folder or a hub id")
+    ] = "smollm2",
+    schemes: Annotated[str, typer.Option()] = ",".join(SCHEMES),
+    methods: Annotated[str, typer.Option(help="default: all for a scheme")] = "",
+    seeds: Annotated[int, typer.Option()] = 3,
+    rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
+    length: Annotated[int, typer.Option(help="tokens per row")] = 128,
+    evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 16,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",
+    jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
+    output: Annotated[Path, typer.Option()] = CACHE / "bench",
+    quick: Annotated[bool, typer.Option(help="W4A16 and W3A16, one seed")] = False,
+) -> None:
+    """Runs all arms, prints the table and checks the bounds."""
+    folder = small_or_real(model)
+    if quick:
+        schemes, seeds = "W4A16,W3A16", 1
+        methods = methods or "gptq,autoround,slider"
+
+    def arm(scheme: str, method: str, seed: int) -> Arm:
+        return Arm(folder, scheme, method, seed, rows, length, evaluation_rows)
+
+    arms = [arm("W16A16", "full_precision", 0)]
+    for seed in range(seeds):
+        for scheme in schemes.split(","):
+            for method in methods.split(",") if methods else methods_for(scheme):
+                if seed == 0 or method not in NEED_NO_DATA:
+                    arms.append(arm(scheme, method, seed))
+    target = output / Path(folder).name
+    size = group_size_for(folder)
+    chosen = [task for task in tasks.split(",") if task]
+    full, *results = run_arms(arms, target, jobs, size, chosen)
+
+    summary = summarize(full, results)
+    order = list(METHODS)
+    summary.sort(key=lambda r: (schemes.find(r["scheme"]), order.index(r["method"])))
+    table = markdown(summary, seeds)
+    checked = verdicts(summary)
+    for text, holds in checked:
+        table += f"\n- {'holds' if holds else 'MISSED'}: {text}"
+    (target / "summary.json").write_text(json.dumps(summary, indent=1))
+    (target / "table.md").write_text(table + "\n")
+    print(table)
+    sys.exit(0 if all(holds for _, holds in checked) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,78 @@
+"""What a model makes of its last decoder layer's output."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmc_faq_slider.slider.stream import DecoderCalls
+
+__all__ = ["OutputHead", "frozen", "replaced_forwards"]
+
+
+class OutputHead:
+    """
+    The model itself, called with its decoder layers passed over, so that final norm,
+    logit scaling and capping are its own.
+
+    :param hidden: an input of the first layer, ``[1, length, hidden]``
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, calls: DecoderCalls, hidden: Tensor):
+        self.model = model
+        self.layers = calls.layers
+        args, kwargs = calls.arguments[hidden.shape[1]][0]
+        output = calls.layers[0](hidden, *args, **kwargs)
+        # Some models' layers return a tuple and their loops take its first entry.
+        self.wrapped = isinstance(output, tuple)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """
+        Log-probabilities of the next token, differentiable in ``hidden``.
+
+        :param hidden: output of the last decoder layer ``[rows, length, hidden]``; the
+            head looks at one token at a time, so any tokens may stand in a row
+        :return: fp32 ``[rows, length, vocabulary]``
+        """
+
+        def passed_over(*_args: Any, **_kwargs: Any) -> Any:
+            return (hidden,) if self.wrapped else hidden
+
+        # Only their shape counts: the layers that would read them are passed over.
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with replaced_forwards(dict.fromkeys(self.layers, passed_over)):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float().log_softmax(dim=-1)
+
+
+@contextmanager
+def replaced_forwards(
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Iterator[None]:
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in before.items():
+            if original is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = original
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Context in which no parameter of the model itself collects gradients."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
