@@ -14,12 +14,14 @@ BIN := $(VENV)/bin
 MODEL ?=
 RECIPE ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart test quality format clean
+.PHONY: help install serve-env quickstart bench-quality bench-ablation test quality \
+	format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,12 @@ quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=...]
 	@since=$$(date +%s); $(MAKE) --no-print-directory --silent install && \
 	$(BIN)/python scripts/quickstart.py --since $$since \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)")
+
+bench-quality: $(VENV)/.ready ## SliderQuant against its peers [BENCH_ARGS=--quick]
+	$(BIN)/python -m benchmarks.quality $(BENCH_ARGS)
+
+bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARGS=...]
+	$(BIN)/python -m benchmarks.ablation $(BENCH_ARGS)
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

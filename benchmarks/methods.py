@@ -89,7 +89,7 @@ def stages(arm: Arm, group_size: int) -> list[Modifier]:
         "config_groups": config_groups(arm.scheme, group_size),
         **arm.settings,
     }
-    slider = {"batch_size": 8, "seed": arm.seed} | fields
+    slider = {"batch_size": 8, "seed": arm.seed, **fields}
     match arm.method:
         case "nearest":
             return [QuantizationModifier(**fields)]

@@ -19,6 +19,8 @@ from family import (
 )
 from llmcompressor.recipe import Recipe
 
+from llmc_faq_slider import SliderQuantModifier
+
 pytestmark = pytest.mark.integration
 
 FAQ = {
@@ -151,15 +153,44 @@ def test_shipped_recipe_loads_and_runs(path, small_model, tmp_path):
     quantize(model, modifiers, output_dir=str(tmp_path), **data)
     rows = held_out_rows(small_model, half=1)[:2]
     assert torch.equal(logits(load(tmp_path), rows), logits(model, rows))
-    groups = json.loads(config_groups(tmp_path))
-    weights = groups["group_0"]["weights"]
-    if weights["num_bits"] < 8 and not path.stem.endswith("_cpu"):
-        assert groups["group_0"]["format"] == "pack-quantized"
-    else:
-        assert groups["group_0"]["format"] == "int-quantized"
+    for group in json.loads(config_groups(tmp_path)).values():
+        packed = group["weights"]["num_bits"] < 8 and not path.stem.endswith("_cpu")
+        assert group["format"] == ("pack-quantized" if packed else "int-quantized")
     assert stage_names(tmp_path / "recipe.yaml") == [
         type(m).__name__ for m in modifiers
     ]
+
+
+def test_end_layers_at_more_bits_are_learned_in_the_same_stage(small_model, tmp_path):
+    recipe = yaml.safe_load((RECIPES / "slider_w2a16_ends_w4.yaml").read_text())
+    fields = recipe["quant_stage"]["slider_modifiers"]["SliderQuantModifier"]
+    model = load(small_model)
+    stage = SliderQuantModifier(**fields, epochs=1)
+    data = calibration_set(small_model, 4)
+    quantize(model, stage, dataset=data, output_dir=str(tmp_path))
+    bits = [
+        layer.self_attn.q_proj.quantization_scheme.weights.num_bits
+        for layer in model.model.layers
+    ]
+    assert bits == [4, 4, 2, 2, 2, 2, 2, 2]
+    assert len(stage.results) > 1
+
+
+def test_rotations_are_folded_into_the_weights(small_model, tmp_path):
+    recipe = str(RECIPES / "spinquant_slider_w4a4.yaml")
+    modifiers = Recipe.create_instance(recipe).modifiers
+    modifiers[1].epochs = 1
+    data = calibration_set(small_model, 4)
+    quantize(load(small_model), modifiers, dataset=data, output_dir=str(tmp_path))
+    quantization = json.loads((tmp_path / "config.json").read_text())
+    rotations = quantization["quantization_config"]["transform_config"]["config_groups"]
+    locations = {
+        apply["location"]
+        for rotation in rotations.values()
+        for apply in rotation["apply"]
+    }
+    # "input" and "output" would be online; a server leaves these two alone.
+    assert locations <= {"weight_input", "weight_output"}
 
 
 def test_shipped_recipes_are_the_promised_ones():
@@ -172,8 +203,10 @@ def test_shipped_recipes_are_the_promised_ones():
         "slider_w4a16_asym",
         "slider_w3a16",
         "slider_w2a16",
+        "slider_w2a16_ends_w4",
         "slider_w8a8",
         "slider_w4a4",
+        "spinquant_slider_w4a4",
         "faq_gptq_w4a16",
         "smoothquant_slider_w4a8",
     }

@@ -1,0 +1,110 @@
+"""What each part of SliderQuant and each default is worth.
+
+    make bench-ablation
+    python -m benchmarks.ablation --schemes W3A16 --variants fixed_windows,ratio_0.5
+
+The first block is the paper's Table 8 on our models, the rest one setting at a time.
+Every default in the code is the winner here or has its reason in docs/experiments.md.
+"""
+
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.methods import Arm
+from benchmarks.quality import loss, small_or_real
+from benchmarks.runner import Result, group_size_for, run_arms
+from benchmarks.texts import CACHE, FILES, IN_DOMAIN
+
+NO_ENDS: dict[str, Any] = {"shallow_layers": 0, "deep_layers": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fixed_windows": NO_ENDS,
+    "fixed_windows_ratio_0.5": NO_ENDS | {"ratio": 0.5},
+    "no_deep": {"deep_layers": 0},
+    "no_shallow": {"shallow_layers": 0},
+    "ratio_0.5": {"ratio": 0.5},
+    "ratio_0.33": {"ratio": 1 / 3},
+    "ratio_0.5_sweep": {"ratio": 0.5, "stage_order": "sweep"},
+    "ends_2": {"shallow_layers": 2, "deep_layers": 2},
+    "ends_6": {"shallow_layers": 6, "deep_layers": 6},
+    "ends_auto": {"shallow_layers": "auto", "deep_layers": "auto"},
+    "one_layer_windows": NO_ENDS | {"window_size": 1, "epochs": 10},
+    "size_3": {"window_size": 3},
+    "size_4_stride_2": {"window_size": 4, "window_stride": 2},
+    "no_rounding": {"rounding_travel": 0},
+    "rounding_travel_0.2": {"rounding_travel": 0.2},
+    "rounding_travel_0.8": {"rounding_travel": 0.8},
+    "no_low_rank": {"low_rank": 0},
+    "rank_16": {"low_rank": 16},
+    "low_rank_lr_3e-3": {"low_rank_lr": 3e-3},
+    "clipping_lr_3e-2": {"clipping_lr": 3e-2},
+    "channel_scales": {"channel_scales": True},
+    "no_channel_scales": {"channel_scales": False},
+    "hidden_states_to_the_end": {"match_logits": False},
+    "epochs_2": {"epochs": 2},
+    "epochs_15": {"epochs": 15},
+    "batch_4": {"batch_size": 4},
+}
+
+
+def table(full: Result, results: list[Result], variants: list[str]) -> str:
+    """One row per scheme and variant, means over seeds."""
+    abroad = [name for name in FILES if name != IN_DOMAIN]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        settings = result["arm"]["settings"]
+        name = next(v for v in variants if VARIANTS[v] == settings)
+        groups.setdefault((result["arm"]["scheme"], name), []).append(result)
+    lines = [
+        "| scheme | settings | loss | out of domain | KL | CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (scheme, name), found in groups.items():
+        whole = mean(loss(result, full, list(FILES)) for result in found)
+        outside = mean(loss(result, full, abroad) for result in found)
+        kl = mean(r["quality"][t]["kl"] for r in found for t in FILES)
+        seconds = mean(result["cost"]["cpu_s"] for result in found)
+        lines.append(
+            f"| {scheme} | {name} | {whole:.4f} | {outside:.4f} | {kl:.4f} "
+            f"| {seconds:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "small",
+    schemes: Annotated[str, typer.Option()] = "W3A16,W2A16,W4A4",
+    variants: Annotated[str, typer.Option()] = ",".join(VARIANTS),
+    seeds: Annotated[int, typer.Option()] = 2,
+    rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
+    length: Annotated[int, typer.Option(help="tokens per row")] = 128,
+    jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
+    output: Annotated[Path, typer.Option()] = CACHE / "bench" / "ablation",
+) -> None:
+    """Runs every variant and prints the table."""
+    folder = small_or_real(model)
+    names = variants.split(",")
+    size = group_size_for(folder)
+    full = Arm(folder, "W16A16", "full_precision", 0, rows, length, 16)
+    arms = [
+        replace(
+            full, scheme=scheme, method="slider", seed=seed, settings=VARIANTS[name]
+        )
+        for scheme in schemes.split(",")
+        for name in names
+        for seed in range(seeds)
+    ]
+    target = output / Path(folder).name
+    baseline, *results = run_arms(
+        [full, *arms], target, jobs, group_size_for(folder), []
+    )
+    found = table(baseline, results, names)
+    (target / "table.md").write_text(found)
+    print(found)
+
+
+if __name__ == "__main__":
+    typer.run(main)
