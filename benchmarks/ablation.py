@@ -90,17 +90,13 @@ def main(
     size = group_size_for(folder)
     full = Arm(folder, "W16A16", "full_precision", 0, rows, length, 16)
     arms = [
-        replace(
-            full, scheme=scheme, method="slider", seed=seed, settings=VARIANTS[name]
-        )
+        Arm(folder, scheme, "slider", seed, rows, length, 16, VARIANTS[name])
         for scheme in schemes.split(",")
         for name in names
         for seed in range(seeds)
     ]
     target = output / Path(folder).name
-    baseline, *results = run_arms(
-        [full, *arms], target, jobs, group_size_for(folder), []
-    )
+    baseline, *results = run_arms([full, *arms], target, jobs, size, [])
     found = table(baseline, results, names)
     (target / "table.md").write_text(found)
     print(found)

@@ -5,11 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmc_faq_slider.slider.stream import DecoderCalls
 
-__all__ = ["OutputHead", "frozen", "replaced_forwards"]
+__all__ = ["OutputHead", "divergences", "frozen", "replaced_forwards"]
+
+# Tokens of a batch whose logits are compared; those of a whole batch can be gigabytes.
+JUDGED_TOKENS = 1024
 
 
 class OutputHead:
@@ -46,6 +50,24 @@ class OutputHead:
         with replaced_forwards(dict.fromkeys(self.layers, passed_over)):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return logits.float().log_softmax(dim=-1)
+
+
+def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
+    """
+    KL divergence of the next-token distribution from full precision, in nats.
+
+    Departure from eq. (1): nothing follows the last layer that could make good what
+    its hidden state lacks, and its directions do not count alike for the logits.
+
+    :param output: last hidden states ``[rows, length, hidden]``
+    :return: fp32 ``[1, tokens]`` of at most :data:`JUDGED_TOKENS` tokens, evenly spaced
+    """
+    tokens = output.shape[0] * output.shape[1]
+    chosen = torch.arange(0, tokens, -(-tokens // JUDGED_TOKENS), device=output.device)
+    with torch.no_grad():
+        expected = head.log_probabilities(target.flatten(0, 1)[chosen].unsqueeze(0))
+    found = head.log_probabilities(output.flatten(0, 1)[chosen].unsqueeze(0))
+    return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
 
 
 @contextmanager

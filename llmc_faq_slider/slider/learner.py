@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import OutputHead
+from llmc_faq_slider.slider.head import OutputHead, divergences
 from llmc_faq_slider.slider.learnables import Kind
 from llmc_faq_slider.slider.optimizer import SignDescent
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
@@ -29,8 +28,6 @@ __all__ = ["LearningSettings", "WindowResult", "learn_windows", "stage_ratios"]
 
 # Rows that tell whether a window's end is better than its start.
 JUDGED_ROWS = 32
-# Tokens of a batch whose logits are compared; those of a whole batch can be gigabytes.
-JUDGED_TOKENS = 1024
 
 Commit = Callable[[int, FoldedLayer], None]
 
@@ -111,7 +108,7 @@ def learn_windows(
     device: torch.device,
     commit: Commit,
     head: OutputHead | None = None,
-) -> list[WindowResult]:
+) -> tuple[list[WindowResult], list[Tensor]]:
     """
     Learn every window in order and hand each layer to ``commit`` after its last visit.
 
@@ -124,7 +121,8 @@ def learn_windows(
         with its quantised weights
     :param head: with it, windows that end at the last layer match the next-token
         distribution instead of the hidden states
-    :return: one result per window, of its last stage
+    :return: one result per window, of its last stage, and the full-precision output of
+        the last layer per row
     """
     decoder = _Decoder(calls, list(hidden), list(hidden), device, head)
     if settings.stage_order == "window":
@@ -169,7 +167,7 @@ def learn_windows(
                     _advance(decoder, index, ratios[-1], settings.batch_size)
                     if last_sweep and index in decoder.students:
                         commit(index, decoder.students.pop(index).fold())
-    return results
+    return results, decoder.full_precision
 
 
 def _learn_window(
@@ -316,24 +314,6 @@ def token_errors(output: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     error = (output.float() - target).square().mean(-1)
     return error / target.square().mean(-1).clamp(min=1e-12)
-
-
-def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
-    """
-    KL divergence of the next-token distribution from full precision, in nats.
-
-    Departure from eq. (1): nothing follows the last layer that could make good what
-    its hidden state lacks, and its directions do not count alike for the logits.
-
-    :param output: last hidden states ``[rows, length, hidden]``
-    :return: fp32 ``[1, tokens]`` of at most :data:`JUDGED_TOKENS` tokens, evenly spaced
-    """
-    tokens = output.shape[0] * output.shape[1]
-    chosen = torch.arange(0, tokens, -(-tokens // JUDGED_TOKENS), device=output.device)
-    with torch.no_grad():
-        expected = head.log_probabilities(target.flatten(0, 1)[chosen].unsqueeze(0))
-    found = head.log_probabilities(output.flatten(0, 1)[chosen].unsqueeze(0))
-    return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from llmc_faq_slider.host.decoder import (
 from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
 from llmc_faq_slider.host.postconditions import check_committed, check_losses
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
+from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
@@ -38,7 +39,7 @@ from llmc_faq_slider.slider.sensitivity import (
     measure_sensitivity,
     sample_rows,
 )
-from llmc_faq_slider.slider.stream import capture_decoder
+from llmc_faq_slider.slider.stream import DecoderCalls, capture_decoder
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
 from llmc_faq_slider.slider.windows import window_schedule
 
@@ -46,9 +47,9 @@ __all__ = ["SliderQuantModifier"]
 
 # Fields that a preset sets where the recipe does not.
 PRESETS: dict[str, dict[str, int]] = {
-    "fast": {"epochs": 2},
-    "default": {"epochs": 5},
-    "best": {"epochs": 15},
+    "fast": {"epochs": 2, "closing_epochs": 1},
+    "default": {"epochs": 5, "closing_epochs": 2},
+    "best": {"epochs": 15, "closing_epochs": 4},
 }
 
 
@@ -104,11 +105,16 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param stage_order: ``window`` runs all stages inside each window (the paper);
         ``sweep`` runs one pass over all windows per stage (the released code), and
         keeps the learned tensors of all layers in memory
-    :param preset: ``fast``, ``default`` or ``best``: how many epochs, where ``epochs``
-        is not given. The saved recipe.yaml records the number
+    :param preset: ``fast``, ``default`` or ``best``: how many epochs, where
+        ``epochs`` and ``closing_epochs`` are not given. The saved recipe.yaml records
+        the numbers
     :param match_logits: windows that end at the last layer match the full-precision
         next-token distribution instead of the hidden states, a departure from the paper
     :param epochs: passes over the calibration rows per window, shared by its stages
+    :param closing_epochs: passes in which all scales are tuned together on the model's
+        next-token distribution, after the last window; 0 for none. A departure from the
+        paper
+    :param closing_lr: AdamW's first learning rate for the factors on the scales
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
     :param rounding_travel: how far the offset of a weight before rounding can travel in
@@ -134,6 +140,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     preset: Literal["fast", "default", "best"] = "default"
     match_logits: bool = True
     epochs: int = Field(default=PRESETS["default"]["epochs"], ge=1)
+    closing_epochs: int = Field(default=PRESETS["default"]["closing_epochs"], ge=0)
+    closing_lr: float = Field(default=3e-3, gt=0)
     batch_size: int = Field(default=4, ge=1)
     low_rank: int = Field(default=4, ge=0)
     rounding_travel: float = Field(default=0.4, ge=0)
@@ -197,10 +205,18 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         grids = self._grids(model)
         targets = targeted_linears(model, self)
         committed: set[nn.Module] = set()
+        tuned: dict[int, dict[str, TunedLinear]] = {}
 
         def commit(index: int, folded: FoldedLayer) -> None:
             commit_layer(layers[index], folded)
             committed.update(layers[index].get_submodule(n) for n in folded.linears)
+            if self.closing_epochs:
+                tuned[index] = {
+                    name: TunedLinear(
+                        layers[index].get_submodule(name), grids[index][name], linear
+                    )
+                    for name, linear in folded.linears.items()
+                }
 
         device = get_main_device()
         training = model.training
@@ -219,7 +235,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 f"{len(rows)} rows"
             )
             head = OutputHead(model, calls, hidden[0].to(device))
-            self._results = learn_windows(
+            self._results, outputs = learn_windows(
                 calls,
                 hidden,
                 grids,
@@ -229,9 +245,38 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 commit,
                 head if self.match_logits else None,
             )
+            if self.closing_epochs:
+                self._close(calls, head, tuned, hidden, outputs, device)
         model.train(training)
         check_losses(self._results)
         check_committed(targets, {n for n, m in targets.items() if m in committed})
+
+    def _close(
+        self,
+        calls: DecoderCalls,
+        head: OutputHead,
+        tuned: dict[int, dict[str, TunedLinear]],
+        hidden: list[Tensor],
+        outputs: list[Tensor],
+        device: torch.device,
+    ) -> None:
+        """Tune all scales together, and commit them."""
+        settings = ClosingSettings(
+            epochs=self.closing_epochs,
+            learning_rate=self.closing_lr,
+            batch_size=self.batch_size,
+            compute_dtype=getattr(torch, self.compute_dtype),
+            seed=self.seed,
+        )
+        result = tune_scales(calls, head, tuned, hidden, outputs, settings, device)
+        logger.info(
+            f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
+            + (", start kept" if result.kept_start else "")
+        )
+        if not result.kept_start:
+            for index, linears in tuned.items():
+                folded = {name: linear.fold() for name, linear in linears.items()}
+                commit_layer(calls.layers[index], FoldedLayer(folded, {}))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.end_calibration(state.model)

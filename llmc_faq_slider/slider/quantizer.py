@@ -190,13 +190,17 @@ class WeightGrid:
             scale = torch.maximum(-lower, upper) / half_range
         else:
             scale = (upper - lower) / (2 * half_range)
-        scale = self._as_stored(scale)
+        scale = self.stored_scale(scale)
         if self.symmetric:
             return scale, None
         zero_point = (self.q_min - lower / scale).detach().round_()
         return scale, zero_point.clamp_(self.q_min, self.q_max)
 
-    def _as_stored(self, scale: Tensor) -> Tensor:
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """
+        Scale ``[out, groups]`` as the checkpoint will hold it, in fp32; the gradient
+        passes unchanged.
+        """
         # An all-zero group keeps codes of zero under any positive scale.
         scale = scale.clamp(min=torch.finfo(self.scale_dtype).smallest_normal)
         if not self.fp8_scales:

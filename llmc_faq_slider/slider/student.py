@@ -27,7 +27,13 @@ from llmc_faq_slider.slider.learnables import (
 from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 
-__all__ = ["FoldedLayer", "FoldedLinear", "LinearGrids", "StudentLayer"]
+__all__ = [
+    "FoldedLayer",
+    "FoldedLinear",
+    "LinearGrids",
+    "QuantizedInputs",
+    "StudentLayer",
+]
 
 Learnable = RoundingOffset | LowRank | Clipping | ChannelScale | NormChannelScale
 
@@ -223,7 +229,7 @@ class StudentLayer:
         """
         forwards = {}
         handles = []
-        inputs = _QuantizedInputs(ratio)
+        inputs = QuantizedInputs(ratio)
         for linear in self.linears.values():
             forwards[linear.module] = linear.module.__dict__.get("forward")
             linear.module.forward = quantized_forward(  # type: ignore[method-assign]
@@ -259,7 +265,7 @@ class StudentLayer:
         return FoldedLayer(linears, norms)
 
 
-class _QuantizedInputs:
+class QuantizedInputs:
     """Quantises a linear's input once for all linears that read it in turn."""
 
     def __init__(self, ratio: float):
@@ -275,7 +281,7 @@ class _QuantizedInputs:
 
 
 def quantized_forward(
-    linear: StudentLinear, ratio: float, dtype: torch.dtype, inputs: _QuantizedInputs
+    linear: StudentLinear, ratio: float, dtype: torch.dtype, inputs: QuantizedInputs
 ) -> Any:
     """Forward of an ``nn.Linear`` with the student's weight, bias and input grid."""
     weight, bias = linear.quantized(ratio) if ratio else linear.folded()

@@ -59,7 +59,7 @@ def learn(model, rows, **changes):
     hidden, calls = capture_decoder(model, layers, rows, CPU)
     grids = LinearGrids(WeightGrid(2, True, 16, torch.float32), ActivationGrid(8))
     committed = []
-    results = learn_windows(
+    results, _ = learn_windows(
         calls,
         hidden,
         {i: dict.fromkeys(LINEARS, grids) for i in range(len(layers))},
