@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from llmc_faq_slider.faq.generators import GeneratorSource
-from llmc_faq_slider.faq.prompts import Wrapping, original_text, to_messages
+from llmc_faq_slider.faq.generators import GeneratorSource, Request
+from llmc_faq_slider.faq.prompts import (
+    Message,
+    Wrapping,
+    original_text,
+    to_messages,
+    turns,
+)
 from llmc_faq_slider.faq.rendering import (
     encode,
     has_thinking_switch,
@@ -16,6 +22,7 @@ from llmc_faq_slider.faq.rendering import (
     prompt_text,
     template_text,
 )
+from llmc_faq_slider.faq.sampling import row_seed
 from llmc_faq_slider.faq.seeds import Seed
 from llmc_faq_slider.faq.settings import CONTINUATION_TOKENS, Settings
 
@@ -24,22 +31,37 @@ MAX_ROUNDS = 16
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A seed as token prompts.
+class Task:
+    """A seed to be answered, for the ``round``-th time, in the ``attempt``-th try."""
 
-    :param id: seed id, with ``#round`` after the first round
+    seed: Seed
+    round: int = 0
+    attempt: int = 0
+
+    @property
+    def id(self) -> str:
+        again = f"#{self.round}" if self.round else ""
+        return self.seed.id + again + "~" * self.attempt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One assistant turn to be written, as token prompts.
+
+    :param id: task id, with ``/turn`` after the first turn
     :param generator_ids: what the generator continues
     :param target_ids: the same rendered with the target's template
     :param primed: answer ids the generator's template had already written
     :param inside_thinking: the generator's prompt ends inside a think block
+    :param messages: what was rendered, None where a text is continued
     """
 
     id: str
-    seed: Seed
     generator_ids: list[int]
     target_ids: list[int]
     primed: list[int]
     inside_thinking: bool
+    messages: list[Message] | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +69,7 @@ class Conversation:
     """How both models are addressed; fixed for a run.
 
     :param target: the target's tokenizer
-    :param speaker: tokenizer whose template the generator reads
+    :param speaker: tokenizer the generator reads, with the template that is used
     :param is_chat: False for a target without chat template: text is continued
     :param enable_thinking: value of the template's switch, None if it has none
     :param wrapping: how seeds become messages
@@ -63,10 +85,18 @@ class Conversation:
 def conversation(
     target: PreTrainedTokenizerBase, source: GeneratorSource, settings: Settings
 ) -> Conversation:
-    """Decide templates, thinking switch and wording once."""
+    """Decide templates, thinking switch and wording once.
+
+    :raises ValueError: for a generator with other tokens and no chat template
+    """
     is_chat = template_text(target) is not None
     has_own = template_text(source.tokenizer) is not None
-    speaker = source.tokenizer if has_own else target
+    if is_chat and not has_own and not source.shares_tokens:
+        raise ValueError(
+            "the generator has another tokenizer than the target and no chat template "
+            "of its own, so it cannot be addressed; choose an instruct model"
+        )
+    speaker = source.tokenizer if has_own or not is_chat else target
     thinking = settings.enable_thinking
     if thinking is None and is_chat and has_thinking_switch(speaker):
         thinking = settings.chain_of_thought
@@ -80,29 +110,48 @@ def conversation(
     return Conversation(target, speaker, is_chat, thinking, wrapping)
 
 
-def prepare(seed: Seed, round_index: int, talk: Conversation) -> Prompt:
-    """Token prompts of one seed."""
-    prompt_id = seed.id if round_index == 0 else f"{seed.id}#{round_index}"
+def prepare(task: Task, answers: Sequence[str], talk: Conversation) -> Prompt | None:
+    """Token prompts of the turn that comes after ``answers``, None if none is left."""
+    prompt_id = f"{task.id}/{len(answers)}" if answers else task.id
     if not talk.is_chat:
-        ids = list(talk.target(original_text(seed))["input_ids"])[:CONTINUATION_TOKENS]
-        return Prompt(prompt_id, seed, ids, ids, [], False)
-    messages = to_messages(seed, talk.wrapping, talk.target)
+        if answers:
+            return None
+        text = original_text(task.seed)
+        ids = list(talk.target(text)["input_ids"])[:CONTINUATION_TOKENS]
+        asked_ids = ids
+        if talk.speaker is not talk.target:
+            prefix = str(talk.target.decode(ids, skip_special_tokens=True))
+            asked_ids = list(talk.speaker(prefix)["input_ids"])
+        return Prompt(prompt_id, asked_ids, ids, [], False, None)
+    said = turns(task.seed, talk.wrapping, talk.target)
+    if len(answers) >= len(said):
+        return None
+    messages = to_messages(said, answers)
     asked = prompt_text(talk.speaker, messages, talk.enable_thinking)
     shown = prompt_text(talk.target, messages, talk.enable_thinking)
     return Prompt(
         prompt_id,
-        seed,
         encode(talk.speaker, asked),
         encode(talk.target, shown),
         primed_ids(talk.target, asked, shown),
         opens_thinking(asked),
+        messages,
     )
 
 
-def batches(
-    seeds: Sequence[Seed], settings: Settings
-) -> Iterator[list[tuple[Seed, int]]]:
-    """Batches of ``(seed, round)``, a pure function of seed ids, seed and batch size.
+def request(prompt: Prompt, index: int, talk: Conversation, seed: int) -> Request:
+    """What is asked for candidate ``index`` of a prompt."""
+    return Request(
+        prompt.generator_ids,
+        row_seed(seed, prompt.id, index),
+        prompt.messages,
+        talk.enable_thinking,
+        prompt.inside_thinking,
+    )
+
+
+def batches(seeds: Sequence[Seed], settings: Settings) -> Iterator[list[Task]]:
+    """Batches of tasks, a pure function of seed ids, seed and batch size.
 
     Seeds come in an order shuffled by hash, so every batch is a varied one.
     """
@@ -114,7 +163,7 @@ def batches(
     for round_index in range(MAX_ROUNDS):
         for start in range(0, len(ordered), settings.batch_size):
             part = ordered[start : start + settings.batch_size]
-            yield [(seed, round_index) for seed in part]
+            yield [Task(seed, round_index) for seed in part]
 
 
 def fits(prompt: Prompt, context: int | None, settings: Settings) -> bool:
@@ -130,7 +179,7 @@ def original(seed: Seed, talk: Conversation, max_tokens: int) -> list[int] | Non
     if seed.kind == "text":
         return list(talk.target(seed.text)["input_ids"])[:max_tokens]
     if seed.kind == "messages" and talk.is_chat and seed.messages[-1][0] == "assistant":
-        turns = [{"role": role, "content": content} for role, content in seed.messages]
-        text = talk.target.apply_chat_template(turns, tokenize=False)
+        messages = [{"role": role, "content": said} for role, said in seed.messages]
+        text = talk.target.apply_chat_template(messages, tokenize=False)
         return encode(talk.target, str(text))[:max_tokens]
     return None
