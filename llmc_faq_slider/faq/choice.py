@@ -4,8 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmc_faq_slider.faq.competition import Group, Outcome
+from llmc_faq_slider.faq.competition import Entrant, Group, Outcome
 from llmc_faq_slider.faq.grading import Scores
+from llmc_faq_slider.faq.prompts import Message
 from llmc_faq_slider.faq.rendering import Sample
 from llmc_faq_slider.faq.selection import Contender, ranked
 from llmc_faq_slider.faq.settings import Settings
@@ -17,6 +18,7 @@ class Pick:
 
     :param place: 0 for the winner of its group, 1 for the second
     :param margin: score above the next of the group, None without a next
+    :param messages: the chat with its new answers; empty for a plain text
     """
 
     group: Group
@@ -25,6 +27,7 @@ class Pick:
     samples: list[Sample]
     truncated: bool
     margin: float | None
+    messages: list[Message]
 
     @property
     def size(self) -> int:
@@ -80,7 +83,8 @@ def choose(
 def _queue(group: Group, scores: Scores, settings: Settings) -> list[Pick]:
     if not group.entrants:
         assert group.fallback is not None
-        return [Pick(group, None, 0, [group.fallback], False, None)]
+        given = [{"role": r, "content": said} for r, said in group.task.seed.messages]
+        return [Pick(group, None, 0, [group.fallback], False, None, given)]
     contenders = [
         Contender(
             group.task.id,
@@ -102,6 +106,14 @@ def _queue(group: Group, scores: Scores, settings: Settings) -> list[Pick]:
             entrants[contender.index].samples,
             contender.truncated,
             None if following is None else contender.score - following,
+            _chat(entrants[contender.index]),
         )
         for place, (contender, following) in enumerate(zip(order, after, strict=True))
     ]
+
+
+def _chat(entrant: Entrant) -> list[Message]:
+    last = entrant.turns[-1]
+    if last.prompt.messages is None:
+        return []
+    return [*last.prompt.messages, {"role": "assistant", "content": last.text}]

@@ -1,11 +1,20 @@
 """What a user can set, in a recipe or on the command line, and how it is checked."""
 
 import os
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
+import yaml
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from transformers import PretrainedConfig
 
 from llmc_faq_slider.faq.endpoint import KEY_VARIABLE, Address, is_url
@@ -218,3 +227,25 @@ class FAQOptions(BaseModel):
             f"{self.generator} ({'accelerator' if accelerated else 'CPU'})"
         )
         return settings
+
+
+def options_of(fields: Mapping[str, Any], assignments: Sequence[str]) -> FAQOptions:
+    """Options from fields and ``NAME=VALUE`` texts, whose values are YAML.
+
+    :raises ValueError: for an unknown name or a value that does not fit
+    """
+    given = dict(fields)
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or name.strip() not in FAQOptions.model_fields:
+            raise ValueError(
+                f"{assignment!r} sets no field. Give NAME=VALUE with one of "
+                f"{', '.join(FAQOptions.model_fields)}."
+            )
+        given[name.strip()] = yaml.safe_load(value)
+    try:
+        return FAQOptions(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{name}: {first['msg']}, found {first['input']!r}") from None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
@@ -88,7 +89,10 @@ def regenerate(
         described = manifest(
             source, facts, choices, outcome, picks, input_ids, loss_mask
         )
-        result = store.write_dataset(dataset_key, input_ids, loss_mask, described)
+        records = [_record(pick, talk) for pick in picks]
+        result = store.write_dataset(
+            dataset_key, input_ids, loss_mask, records, described
+        )
     logger.info(
         f"FAQ: {settings.num_samples} x {settings.sequence_length} tokens from "
         f"{outcome.counts['prompts_answered']} prompts in {result.folder}"
@@ -172,3 +176,14 @@ def _preferred(
         winners = [[i for s in q[0].samples for i in s.input_ids] for q in queued]
         found = profiles(target.model, [ids[:longest] for ids in winners])
     return by_coverage(found, [queue[0].size for queue in queued])
+
+
+def _record(pick: Pick, talk: Conversation) -> dict[str, Any]:
+    """One sample as text: the chat, and the same as the target's template shows it."""
+    ids = [index for sample in pick.samples for index in sample.input_ids]
+    return {
+        "id": pick.group.task.id,
+        "source": pick.group.task.seed.source,
+        "messages": pick.messages,
+        "text": str(talk.target.decode(ids)),
+    }

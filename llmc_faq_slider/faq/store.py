@@ -2,15 +2,16 @@
 
 Below the root, the logs in ``candidates/<key>/`` only ever grow, and
 ``datasets/<key>/`` holds ``calibration.safetensors`` (``input_ids`` int32 [N, L],
-``loss_mask`` uint8 [N, L]) and ``manifest.json``. A key is the hash of all that
-decides the content, so a changed setting never meets a stale file.
+``loss_mask`` uint8 [N, L]), ``messages.jsonl`` (the samples it was packed from) and
+``manifest.json``. A key is the hash of all that decides the content, so a changed
+setting never meets a stale file.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 _KEY_DIGITS = 16
 DATA = "calibration.safetensors"
+MESSAGES = "messages.jsonl"
 MANIFEST = "manifest.json"
 
 
@@ -157,6 +159,7 @@ class Store:
     def candidates(self, key: str, settings: Mapping[str, Any]) -> CandidateLog:
         """The log of one key; ``settings`` are written beside it for readers."""
         folder = self._candidate_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
         log = CandidateLog(folder / "candidates.jsonl")
         _write_json(folder / "settings.json", settings)
         return log
@@ -171,13 +174,14 @@ class Store:
     def read_dataset(self, key: str) -> CalibrationSet | None:
         """The finished set of a key, or None if absent or damaged."""
         folder = self.dataset_folder(key)
-        if not (folder / MANIFEST).is_file() or not (folder / DATA).is_file():
+        if not all((folder / name).is_file() for name in (MANIFEST, MESSAGES, DATA)):
             return None
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except ValueError:
             manifest = {}
-        if manifest.get("sha256") != _file_hash(folder / DATA):
+        found = {name: _file_hash(folder / name) for name in (DATA, MESSAGES)}
+        if manifest.get("sha256") != found:
             logger.warning(
                 f"FAQ: {folder} does not match its manifest and is built anew"
             )
@@ -192,15 +196,23 @@ class Store:
         key: str,
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,
+        messages: Iterable[Mapping[str, Any]],
         manifest: Mapping[str, Any],
     ) -> CalibrationSet:
-        """Write data, then manifest, each in one step."""
+        """Write data, then manifest, each in one step.
+
+        :param messages: a record per sample
+        """
         folder = self.dataset_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / (DATA + ".part")
-        save_file({"input_ids": input_ids, "loss_mask": loss_mask}, part)
-        full = {**manifest, "key": key, "sha256": _file_hash(part)}
-        _settle(part, folder / DATA)
+        parts = {name: folder / (name + ".part") for name in (DATA, MESSAGES)}
+        save_file({"input_ids": input_ids, "loss_mask": loss_mask}, parts[DATA])
+        lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
+        parts[MESSAGES].write_text("".join(lines), encoding="utf-8")
+        hashes = {name: _file_hash(part) for name, part in parts.items()}
+        full = {**manifest, "key": key, "sha256": hashes}
+        for name, part in parts.items():
+            _settle(part, folder / name)
         _write_json(folder / MANIFEST, full)
         return CalibrationSet(input_ids, loss_mask, full, False, folder)
 

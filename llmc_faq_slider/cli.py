@@ -1,0 +1,89 @@
+"""The command line: ``llmc-faq-slider COMMAND``. The work is done elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
+console = Console(highlight=False)
+
+
+@app.callback()
+def main() -> None:
+    """FAQ and SliderQuant beside llm-compressor."""
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what is wrong with the input into one sentence and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def regenerate(
+    model: Annotated[str, typer.Argument(help="hub id or folder, not quantised")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder to write the data to")
+    ] = Path("calibration"),
+    generator: Annotated[
+        str, typer.Option(help="self, folder, hub id, or URL of a server")
+    ] = "self",
+    seeds: Annotated[
+        list[str] | None,
+        typer.Option(help="file, hub name or shipped; may be given several times"),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="rows")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+    num_candidates: Annotated[int, typer.Option(help="answers per prompt")] = 4,
+    selector: Annotated[str, typer.Option(help="who wins a group")] = "expert_nll",
+    seed: Annotated[int, typer.Option(help="seed of all that is random")] = 0,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="any other field of FAQModifier, such as --set allow_remote=true; "
+            "may be given several times",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print what it would cost")
+    ] = False,
+) -> None:
+    """
+    Regenerate calibration data with a larger sibling of a model, or the model itself.
+
+    Writes Arrow rows, token ids as safetensors, and messages as JSONL, for
+    llm-compressor (oneshot's dataset takes the folder) and any other tool.
+    """
+    from llmc_faq_slider.faq.command import regenerate_to
+    from llmc_faq_slider.faq.options import options_of
+
+    fields: dict[str, Any] = {
+        "generator": generator,
+        "seeds": seeds[0] if seeds and len(seeds) == 1 else seeds or None,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "num_candidates": num_candidates,
+        "selector": selector,
+        "seed": seed,
+    }
+    with one_sentence():
+        try:
+            options = options_of(fields, field or [])
+            regenerate_to(model, options, output, dry_run, console)
+        except (RuntimeError, OSError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()
