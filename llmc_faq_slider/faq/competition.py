@@ -11,7 +11,7 @@ from llmc_faq_slider.faq.content_gates import (
     same_language,
 )
 from llmc_faq_slider.faq.gates import failed_gate
-from llmc_faq_slider.faq.preparation import Conversation, Task, original
+from llmc_faq_slider.faq.preparation import Conversation, Task, Turn, original
 from llmc_faq_slider.faq.rendering import (
     THINK_OPEN,
     Sample,
@@ -21,7 +21,7 @@ from llmc_faq_slider.faq.rendering import (
     render,
 )
 from llmc_faq_slider.faq.settings import Settings
-from llmc_faq_slider.faq.writer import Chain, Turn
+from llmc_faq_slider.faq.writer import Chain
 
 
 class RegenerationError(RuntimeError):

@@ -19,8 +19,9 @@ _RUN = 5
 _OPENING = 200
 _MIN_LETTERS = 40
 _MIN_WORDS = 20
-#: share of function words from which on a language is believed
+#: share of function words, and different ones, from which on a language is believed
 _MIN_SHARE = 0.12
+_MIN_DIFFERENT = 4
 
 _REFUSAL = re.compile(
     r"\b(i(?:'|’)?m (?:sorry|afraid|unable)|i am (?:sorry|afraid|unable|not able)|"
@@ -145,7 +146,9 @@ def _latin(text: str) -> str:
         for name, own in _WORDS_OF.items()
     )
     (second, _), (first, name) = shares[-2:]
+    different = len(_WORDS_OF[name] & counts.keys())
     clear = first >= _MIN_SHARE and first >= 1.5 * second
+    clear = clear and different >= _MIN_DIFFERENT
     return f"LATIN {name}" if clear else "LATIN"
 
 

@@ -22,13 +22,13 @@ def profiles(model: PreTrainedModel, samples: Sequence[Sequence[int]]) -> torch.
     """
     found: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []
-    last: list[int] = []
+    last: list[torch.Tensor] = []
 
     def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
-        if last and last[0] == x.data_ptr():
+        if last and last[0] is x:
             return
-        last[:] = [x.data_ptr()]
+        last[:] = [x]
         rows.append(x.abs().amax(dim=tuple(range(x.ndim - 1))).float().cpu())
 
     head = model.get_output_embeddings()

@@ -25,6 +25,7 @@ from llmc_faq_slider.faq.rendering import (
 from llmc_faq_slider.faq.sampling import row_seed
 from llmc_faq_slider.faq.seeds import Seed
 from llmc_faq_slider.faq.settings import CONTINUATION_TOKENS, Settings
+from llmc_faq_slider.faq.store import Candidate
 
 #: how often the whole seed set may be answered anew when it is short of tokens
 MAX_ROUNDS = 16
@@ -65,6 +66,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One assistant turn as the generator wrote it.
+
+    :param body: answer ids with what the template primed, without the end of turn
+    :param text: the same decoded, special tokens included
+    """
+
+    prompt: Prompt
+    candidate: Candidate
+    body: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
 class Conversation:
     """How both models are addressed; fixed for a run.
 
@@ -73,6 +88,7 @@ class Conversation:
     :param is_chat: False for a target without chat template: text is continued
     :param enable_thinking: value of the template's switch, None if it has none
     :param wrapping: how seeds become messages
+    :param shares_tokens: both tokenizers are the same but for the template
     """
 
     target: PreTrainedTokenizerBase
@@ -80,6 +96,7 @@ class Conversation:
     is_chat: bool
     enable_thinking: bool | None
     wrapping: Wrapping
+    shares_tokens: bool = True
 
 
 def conversation(
@@ -107,36 +124,66 @@ def conversation(
     )
     reasoning = settings.chain_of_thought and is_chat and not thinks
     wrapping = Wrapping(settings.passage_tokens, reasoning)
-    return Conversation(target, speaker, is_chat, thinking, wrapping)
+    return Conversation(
+        target, speaker, is_chat, thinking, wrapping, source.shares_tokens
+    )
 
 
-def prepare(task: Task, answers: Sequence[str], talk: Conversation) -> Prompt | None:
-    """Token prompts of the turn that comes after ``answers``, None if none is left."""
-    prompt_id = f"{task.id}/{len(answers)}" if answers else task.id
+def prepare(task: Task, before: Sequence[Turn], talk: Conversation) -> Prompt | None:
+    """Token prompts of the turn that comes after those before, None if none is left.
+
+    Where the rendered chat goes on from an earlier turn, so do its ids: what was drawn
+    is not tokenised again.
+    """
+    prompt_id = f"{task.id}/{len(before)}" if before else task.id
     if not talk.is_chat:
-        if answers:
-            return None
-        text = original_text(task.seed)
-        ids = list(talk.target(text)["input_ids"])[:CONTINUATION_TOKENS]
-        asked_ids = ids
-        if talk.speaker is not talk.target:
-            prefix = str(talk.target.decode(ids, skip_special_tokens=True))
-            asked_ids = list(talk.speaker(prefix)["input_ids"])
-        return Prompt(prompt_id, asked_ids, ids, [], False, None)
+        return None if before else _continuation(task, talk)
     said = turns(task.seed, talk.wrapping, talk.target)
-    if len(answers) >= len(said):
+    if len(before) >= len(said):
         return None
+    answers = [
+        str(talk.target.decode(turn.body, skip_special_tokens=True)) for turn in before
+    ]
     messages = to_messages(said, answers)
     asked = prompt_text(talk.speaker, messages, talk.enable_thinking)
     shown = prompt_text(talk.target, messages, talk.enable_thinking)
+    asked_before: list[int] = []
+    shown_before: list[int] = []
+    if before:
+        last = before[-1]
+        shown_before = [*last.prompt.target_ids, *last.body]
+        if talk.shares_tokens:
+            answer = last.body[len(last.prompt.primed) :]
+            asked_before = [*last.prompt.generator_ids, *answer]
     return Prompt(
         prompt_id,
-        encode(talk.speaker, asked),
-        encode(talk.target, shown),
+        _encode_after(talk.speaker, asked_before, asked),
+        _encode_after(talk.target, shown_before, shown),
         primed_ids(talk.target, asked, shown),
         opens_thinking(asked),
         messages,
     )
+
+
+def _continuation(task: Task, talk: Conversation) -> Prompt:
+    """The first tokens of a text, for a model without a chat template."""
+    text = original_text(task.seed)
+    ids = list(talk.target(text)["input_ids"])[:CONTINUATION_TOKENS]
+    asked_ids = ids
+    if not talk.shares_tokens:
+        prefix = str(talk.target.decode(ids, skip_special_tokens=True))
+        asked_ids = list(talk.speaker(prefix)["input_ids"])
+    return Prompt(task.id, asked_ids, ids, [], False, None)
+
+
+def _encode_after(
+    tokenizer: PreTrainedTokenizerBase, before: list[int], text: str
+) -> list[int]:
+    """Ids of a text that begin with given ones, if these are its beginning."""
+    prefix = str(tokenizer.decode(before)) if before else ""
+    if not text.startswith(prefix):
+        return encode(tokenizer, text)
+    return [*before, *encode(tokenizer, text[len(prefix) :])]
 
 
 def request(prompt: Prompt, index: int, talk: Conversation, seed: int) -> Request:

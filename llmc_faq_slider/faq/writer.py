@@ -11,6 +11,7 @@ from llmc_faq_slider.faq.preparation import (
     Conversation,
     Prompt,
     Task,
+    Turn,
     fits,
     prepare,
     request,
@@ -18,20 +19,6 @@ from llmc_faq_slider.faq.preparation import (
 from llmc_faq_slider.faq.sampling import Draw
 from llmc_faq_slider.faq.settings import Settings
 from llmc_faq_slider.faq.store import Candidate, CandidateLog
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One assistant turn as the generator wrote it.
-
-    :param body: answer ids with what the template primed, without the end of turn
-    :param text: the same decoded, special tokens included
-    """
-
-    prompt: Prompt
-    candidate: Candidate
-    body: list[int]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,7 @@ class Writer:
         while open_places:
             asked: list[tuple[tuple[Task, int], Prompt]] = []
             for place in open_places:
-                said = [self._said(turn) for turn in written[place]]
-                prompt = prepare(place[0], said, self._talk)
+                prompt = prepare(place[0], written[place], self._talk)
                 if prompt is None:
                     whole.add(place)
                 elif fits(prompt, self._source.context_length, self._settings):
@@ -171,8 +157,3 @@ class Writer:
         ended = candidate.finished and ids and ids[-1] in self._source.end_ids
         body = [*prompt.primed, *(ids[:-1] if ended else ids)]
         return Turn(prompt, candidate, body, str(self._talk.target.decode(body)))
-
-    def _said(self, turn: Turn) -> str:
-        """The turn as the template is to render it in what follows."""
-        text = self._talk.target.decode(turn.body, skip_special_tokens=True)
-        return str(text)
