@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 MODEL ?=
 RECIPE ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart test quality format clean
+.PHONY: help install serve-env quickstart test bench-faq quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,9 @@ quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=...]
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
+	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)
 
 quality: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .
