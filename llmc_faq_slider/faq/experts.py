@@ -52,10 +52,13 @@ class Expert(Protocol):
         chats: Sequence[Sequence[Message]],
         schema: dict[str, Any],
         max_new_tokens: int,
+        pattern: str | None = None,
     ) -> list[str]:
         """The likeliest reply to each chat, held to a JSON schema where possible.
 
         A reply that cannot be had is empty.
+
+        :param pattern: regular expression to hold it to instead
         """
         ...
 
@@ -98,6 +101,7 @@ class TransformersExpert:
         chats: Sequence[Sequence[Message]],
         schema: dict[str, Any],
         max_new_tokens: int,
+        pattern: str | None = None,
     ) -> list[str]:
         tokenizer = self._tokenizer
         texts = [prompt_text(tokenizer, chat, False) for chat in chats]
@@ -163,30 +167,36 @@ class EndpointExpert:
         chats: Sequence[Sequence[Message]],
         schema: dict[str, Any],
         max_new_tokens: int,
+        pattern: str | None = None,
     ) -> list[str]:
+        held: dict[str, Any] = {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "grades", "strict": True, "schema": schema},
+            }
+        }
+        if pattern is not None:
+            held = {"structured_outputs": {"regex": pattern}}
+
+        def reply(chat: Sequence[Message]) -> str:
+            return self._reply(chat, held, max_new_tokens)
+
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(
-                pool.map(lambda chat: self._reply(chat, schema, max_new_tokens), chats)
-            )
+            return list(pool.map(reply, chats))
 
     def _reply(
-        self, chat: Sequence[Message], schema: dict[str, Any], max_new_tokens: int
+        self, chat: Sequence[Message], held: dict[str, Any], max_new_tokens: int
     ) -> str:
+        """A reply held to a form or, where the server refuses that, any reply."""
         body: dict[str, Any] = {
             "model": self._model,
             "messages": list(chat),
             "temperature": 0,
             "max_tokens": max_new_tokens,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "grades", "strict": True, "schema": schema},
-            },
         }
-        for held in (True, False):
-            if not held:
-                del body["response_format"]
+        for more in (held, {}):
             try:
-                reply = self._endpoint.post("/chat/completions", body)
+                reply = self._endpoint.post("/chat/completions", body | more)
                 return parse(ChatReply, reply).choices[0].message.content or ""
             except RequestRefused:
                 continue

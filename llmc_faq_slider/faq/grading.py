@@ -190,14 +190,17 @@ def _judged(
 def _judge_groups(
     groups: Sequence[Group], expert: Expert, seed: int, log: ScoreLog
 ) -> None:
-    """Both orders of every group; an order whose reply is unreadable is asked twice."""
+    """Both orders of every group; an order whose reply is unreadable is asked twice.
+
+    The second time the expert is held to the very form, where its server can do that.
+    """
     asked = [
         (group, order)
         for group in groups
         for order in judging.orders(group.task.id, len(group.entrants), seed)
     ]
     verdicts: list[list[int] | None] = [None] * len(asked)
-    for _ in range(2):
+    for attempt in range(2):
         left = [i for i, found in enumerate(verdicts) if found is None]
         by_size: dict[int, list[int]] = {}
         for i in left:
@@ -205,7 +208,8 @@ def _judge_groups(
         for size, places in by_size.items():
             chats = [[_question(*asked[i])] for i in places]
             limit = _GRADE_TOKENS * (size + 1)
-            replies = expert.replies(chats, judging.schema(size), limit)
+            form = judging.pattern(size) if attempt else None
+            replies = expert.replies(chats, judging.schema(size), limit, form)
             for i, reply in zip(places, replies, strict=True):
                 verdicts[i] = judging.verdict(reply, asked[i][1])
     for index, group in enumerate(groups):

@@ -89,6 +89,17 @@ def schema(count: int) -> dict[str, Any]:
     }
 
 
+def pattern(count: int) -> str:
+    """Regular expression of the reply without any liberty of space.
+
+    A schema lets a weak model write blanks until its tokens are used up.
+    """
+    grade = "(10|[0-9])"
+    grades = r"\[" + ", ".join([grade] * len(ASPECTS)) + r"\]"
+    lines = ", ".join(f'"{letter}": {grades}' for letter in ascii_uppercase[:count])
+    return r'\{"scores": \{' + lines + r"\}\}"
+
+
 def verdict(reply: str, order: Sequence[int]) -> list[int] | None:
     """Sum of grades per candidate, 0 to 40, in the candidates' own order.
 

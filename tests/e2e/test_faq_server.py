@@ -72,7 +72,7 @@ def served(
         pytest.skip(unsupported.read_text().strip())
     assert (SERVE_ENV / ".ready").exists(), "run `make serve-env` first"
     folder = tmp_path_factory.mktemp("served")
-    with serve(large_model, SERVE_ENV, folder / "vllm.log") as server:
+    with serve(large_model, SERVE_ENV, folder / "vllm.log", timeout=900) as server:
         yield Run(folder / "faq", f"{server.url}/v1")
 
 
@@ -136,6 +136,27 @@ def test_three_ways_to_a_log_probability_agree(
     # a control: the answers of others are less likely by far more than that
     wrong = mean_logprobs(model, asked, [*answers[1:], answers[0]])
     assert (here - torch.tensor(wrong)).abs().mean() > 4 * TOLERANCE
+
+
+def test_a_judge_behind_the_server_is_held_to_its_form(
+    served: Run, small_model: Path, tmp_path: Path
+) -> None:
+    """The family cannot judge, but decoding guided by the schema makes it grade."""
+    stage = FAQModifier(
+        **served.fields(selector="expert_judge", num_samples=2, expert="generator")
+    )
+    oneshot(model=str(small_model), recipe=[stage])
+    asked = served.log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200')
+    assert asked > 0
+    (path,) = served.folder.glob("candidates/*/scores-*.jsonl")
+    grades = [json.loads(line)["scores"] for line in path.read_text().splitlines()]
+    print(f"{sum(map(bool, grades))} of {len(grades)} groups judged")
+    assert any(grades)
+    assert all(0 <= grade <= 40 for group in grades for grade in group)
+    again = FAQModifier(**served.fields(selector="expert_judge", num_samples=1))
+    oneshot(model=str(small_model), recipe=[again])
+    now = served.log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200')
+    assert now == asked
 
 
 def test_messages_give_the_same_kind_of_data(

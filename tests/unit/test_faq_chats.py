@@ -321,7 +321,7 @@ class Judge:
         self.rule, self.babble = rule, babble
         self.asked = []
 
-    def replies(self, chats, schema, max_new_tokens):
+    def replies(self, chats, schema, max_new_tokens, pattern=None):
         return [self._reply(chat, schema) for chat in chats]
 
     def _reply(self, chat, schema):
@@ -404,6 +404,13 @@ def test_an_unreadable_judge_is_asked_twice_and_then_counted(
 )
 def test_only_the_json_that_was_asked_for_counts(reply) -> None:
     assert judging.verdict(reply, [0, 1]) is None
+
+
+def test_what_fits_the_pattern_is_a_verdict() -> None:
+    reply = '{"scores": {"A": [1, 10, 3, 0], "B": [0, 0, 0, 4]}}'
+    assert re.fullmatch(judging.pattern(2), reply)
+    assert judging.verdict(reply, [0, 1]) == [14, 4]
+    assert not re.fullmatch(judging.pattern(2), reply.replace("10", "11"))
 
 
 def test_verdicts_are_put_back_in_order_and_averaged() -> None:

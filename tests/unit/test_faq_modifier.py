@@ -4,6 +4,7 @@ import re
 import textwrap
 
 import pytest
+import torch
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from llmc_faq_slider.faq.generators import sibling_source
 from llmc_faq_slider.faq.modifier import FAQModifier
 from llmc_faq_slider.faq.options import CACHE_VARIABLE, FAQOptions
+from llmc_faq_slider.host.calibration_data import rows_loader, takes_loss_mask
 
 pytestmark = pytest.mark.unit
 
@@ -75,3 +77,20 @@ def test_rows_are_cut_to_the_context(small_model, tmp_path) -> None:
     Model.config.max_position_embeddings = 100
     settings = FAQModifier(sequence_length=512).settings(Model.config, source)
     assert settings.sequence_length == 100
+
+
+def test_a_model_that_takes_no_further_arguments_gets_no_mask() -> None:
+    class Strict(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            return input_ids
+
+    class Open(torch.nn.Module):
+        def forward(self, input_ids, **kwargs):
+            return input_ids
+
+    assert not takes_loss_mask(Strict()) and takes_loss_mask(Open())
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [0, 0, 1]])
+    first = next(iter(rows_loader(ids, mask.to(torch.uint8))))
+    assert first["loss_mask"].tolist() == [[0, 1, 1]]
+    assert first["loss_mask"].dtype == torch.int64
+    assert "loss_mask" not in next(iter(rows_loader(ids)))
