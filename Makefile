@@ -20,8 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart bench-quality bench-ablation test quality \
-	format clean
+.PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq test \
+	quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARG
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
+	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)
 
 quality: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """FAQ and SliderQuant as recipe stages of llm-compressor; importing registers them."""
 
-from llmcompressor import oneshot
-
 from llmc_faq_slider.faq.modifier import FAQModifier
+from llmc_faq_slider.host.data_folder import oneshot
 from llmc_faq_slider.host.registration import register_stage
 from llmc_faq_slider.slider.modifier import SliderQuantModifier
 

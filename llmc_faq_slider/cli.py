@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -96,6 +96,64 @@ def sensitivity(
             dtype.value,
             console,
         )
+
+
+@app.command()
+def regenerate(
+    model: Annotated[str, typer.Argument(help="hub id or folder, not quantised")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder to write the data to")
+    ] = Path("calibration"),
+    generator: Annotated[
+        str, typer.Option(help="self, folder, hub id, or URL of a server")
+    ] = "self",
+    seeds: Annotated[
+        list[str] | None,
+        typer.Option(help="file, hub name or shipped; may be given several times"),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="rows")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+    num_candidates: Annotated[int, typer.Option(help="answers per prompt")] = 4,
+    selector: Annotated[str, typer.Option(help="who wins a group")] = "expert_nll",
+    seed: Annotated[int, typer.Option(help="seed of all that is random")] = 0,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="any other field of FAQModifier, such as --set allow_remote=true; "
+            "may be given several times",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print what it would cost")
+    ] = False,
+) -> None:
+    """
+    Regenerate calibration data with a larger sibling of a model, or the model itself.
+
+    Writes Arrow rows, token ids as safetensors, and messages as JSONL, for
+    llm-compressor (oneshot's dataset takes the folder) and any other tool.
+    """
+    from llmc_faq_slider.faq.command import regenerate_to
+    from llmc_faq_slider.faq.options import options_of
+
+    fields: dict[str, Any] = {
+        "generator": generator,
+        "seeds": seeds[0] if seeds and len(seeds) == 1 else seeds or None,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "num_candidates": num_candidates,
+        "selector": selector,
+        "seed": seed,
+    }
+    with one_sentence():
+        try:
+            options = options_of(fields, field or [])
+            regenerate_to(model, options, output, dry_run, console)
+        except (RuntimeError, OSError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

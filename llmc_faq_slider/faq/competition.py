@@ -1,92 +1,155 @@
-"""Gates and group competition over one prompt after another, with what they yield."""
+"""Gates over one task's candidates after another, and what comes through."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmc_faq_slider.faq.gates import failed_gate, normalised
-from llmc_faq_slider.faq.preparation import Conversation, Prompt, original
+from llmc_faq_slider.faq.content_gates import (
+    Evaluation,
+    Seen,
+    is_refusal,
+    same_language,
+)
+from llmc_faq_slider.faq.gates import failed_gate
+from llmc_faq_slider.faq.preparation import Conversation, Task, Turn, original
 from llmc_faq_slider.faq.rendering import (
     THINK_OPEN,
     Sample,
     control_ids,
     end_of_turn_id,
+    join,
     render,
 )
-from llmc_faq_slider.faq.selection import Contender, winner
 from llmc_faq_slider.faq.settings import Settings
-from llmc_faq_slider.faq.store import Candidate
+from llmc_faq_slider.faq.writer import Chain
 
 
 class RegenerationError(RuntimeError):
     """The generator did not yield enough valid data."""
 
 
-@dataclass
-class Outcome:
-    """What the competitions have yielded so far.
+@dataclass(frozen=True)
+class Entrant:
+    """A valid candidate.
 
-    :param samples: rendered winners, in the order of their prompts
-    :param counts: prompts, candidates and tokens by what became of them
-    :param gates: candidates by the gate that refused them
+    :param turns: its valid turns
+    :param whole: no turn is missing and the last one is finished
+    :param samples: the turns rendered for the target
     """
 
-    samples: list[Sample] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    gates: Counter[str] = field(default_factory=Counter)
+    index: int
+    turns: list[Turn]
+    whole: bool
+    samples: list[Sample]
 
     @property
-    def tokens(self) -> int:
-        return self.counts["tokens_selected"]
+    def num_tokens(self) -> int:
+        """Tokens of its answers."""
+        return sum(len(turn.body) for turn in self.turns)
 
-    def add(self, sample: Sample) -> None:
-        self.samples.append(sample)
-        self.counts["tokens_selected"] += len(sample.input_ids)
+    @property
+    def size(self) -> int:
+        """Tokens of its samples."""
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+    @property
+    def score(self) -> float | None:
+        """Mean log-probability per token under the generator, None if not told."""
+        scores = [turn.candidate.score for turn in self.turns]
+        sizes = [len(turn.candidate.ids) for turn in self.turns]
+        known = [score for score in scores if score is not None]
+        if len(known) < len(scores):
+            return None
+        return sum(s * n for s, n in zip(known, sizes, strict=True)) / sum(sizes)
 
 
-class Competition:
-    """Holds the competition of each prompt's candidates.
+@dataclass(frozen=True)
+class Group:
+    """What stands to choose from for one task.
 
-    :param talk: how both models are addressed
-    :param settings: gates, selector, seed
-    :param end_ids: ids that end an answer of the generator
+    :param entrants: its valid candidates; empty if it fell back to its seed
+    :param fallback: the seed itself as a sample
     """
 
-    def __init__(self, talk: Conversation, settings: Settings, end_ids: frozenset[int]):
+    task: Task
+    entrants: list[Entrant]
+    fallback: Sample | None = None
+
+    @property
+    def expected_tokens(self) -> float:
+        """Tokens it adds to the data set, whoever wins.
+
+        The same for all selectors, so that none of them needs more prompts answered
+        than another.
+        """
+        if not self.entrants:
+            return len(self.fallback.input_ids) if self.fallback else 0
+        first = [e for e in self.entrants if e.whole] or self.entrants
+        return sum(entrant.size for entrant in first) / len(first)
+
+
+@dataclass
+class Outcome:
+    """What the gates have let through so far.
+
+    :param groups: tasks with a sample to give, in order
+    :param counts: prompts, candidates and tokens by what became of them
+    :param gates: candidates by the gate that refused them
+    :param asked: answered tasks by the source of their seeds
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    gates: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+    tokens: float = 0.0
+
+    def add(self, group: Group) -> None:
+        self.groups.append(group)
+        self.tokens += group.expected_tokens
+
+
+class Referee:
+    """Holds the gates.
+
+    :param talk: how both models are addressed
+    :param settings: limits of the gates
+    :param evaluation: texts the data must not repeat, if any
+    """
+
+    def __init__(
+        self, talk: Conversation, settings: Settings, evaluation: Evaluation | None
+    ):
         self.outcome = Outcome()
         self._talk = talk
         self._settings = settings
-        self._end_ids = end_ids
+        self._evaluation = evaluation
         self._control_ids = control_ids(talk.target)
         self._end_of_turn = end_of_turn_id(talk.target)
-        self._seen: set[str] = set()
+        self._seen = Seen(settings.gates.max_similarity)
 
-    def hold(self, prompt: Prompt, group: Sequence[Candidate]) -> None:
-        """Gate the candidates, choose one and add its sample to the outcome.
+    def admit(self, task: Task, chains: Sequence[Chain]) -> list[Entrant]:
+        """The candidates that pass the gates, up to their first turn that does not."""
+        return [e for chain in chains if (e := self._entrant(task, chain)) is not None]
+
+    def settle(self, task: Task, entrants: list[Entrant]) -> None:
+        """Add the group of a task that is not tried again.
 
         Without a valid candidate the seed itself is added if it is a sample by itself
         (a passage, or a chat with its answer); a bare request is dropped.
         """
-        outcome, settings = self.outcome, self._settings
-        outcome.counts["prompts_answered"] += 1
-        bodies = {c.index: self._body(prompt, c) for c in group}
-        valid = [c for c in group if self._is_valid(prompt, c, bodies[c.index])]
-        if valid:
-            best = winner(
-                [_contender(c, bodies[c.index]) for c in valid],
-                settings.selector,
-                settings.seed,
-            )
-            outcome.counts["selected_truncated"] += best.truncated
-            end_id = None if best.truncated else self._end_of_turn
-            outcome.add(render(prompt.target_ids, bodies[best.index], end_id))
+        counts, settings = self.outcome.counts, self._settings
+        counts["prompts_answered"] += 1
+        self.outcome.asked[task.seed.source] += 1
+        if entrants:
+            self.outcome.add(Group(task, entrants))
             return
-        given = original(prompt.seed, self._talk, settings.sequence_length)
+        given = original(task.seed, self._talk, settings.sequence_length)
         if given is None:
-            outcome.counts["prompts_dropped"] += 1
+            counts["prompts_dropped"] += 1
             return
-        outcome.counts["prompts_fallback"] += 1
-        outcome.add(Sample(given, [1] * len(given)))
+        counts["prompts_fallback"] += 1
+        self.outcome.add(Group(task, [], Sample(given, [1] * len(given))))
 
     def check_fallbacks(self) -> None:
         """Refuse to go on when too many prompts had no valid candidate.
@@ -107,37 +170,65 @@ class Competition:
             "loosen the gate that fires most, or raise max_fallback_fraction."
         )
 
-    def _body(self, prompt: Prompt, candidate: Candidate) -> list[int]:
-        ids = candidate.ids
-        ended = candidate.finished and ids[-1] in self._end_ids
-        return [*prompt.primed, *(ids[:-1] if ended else ids)]
+    def _entrant(self, task: Task, chain: Chain) -> Entrant | None:
+        for turn in chain.turns:
+            self._count(turn)
+        valid: list[Turn] = []
+        for turn in chain.turns:
+            failed = self._failed(task, turn)
+            if failed is not None:
+                self.outcome.gates[failed] += 1
+                break
+            valid.append(turn)
+            self._seen.add(task.id, turn.text, turn.body)
+        if not valid:
+            return None
+        whole = chain.whole and len(valid) == len(chain.turns)
+        return Entrant(chain.index, valid, whole, self._samples(valid))
 
-    def _is_valid(
-        self, prompt: Prompt, candidate: Candidate, body: Sequence[int]
-    ) -> bool:
-        outcome, truncated = self.outcome, not candidate.finished
-        outcome.counts["candidates"] += 1
-        outcome.counts["candidates_truncated"] += truncated
-        outcome.counts["tokens_generated"] += len(candidate.ids)
-        inside = prompt.inside_thinking and not prompt.primed
-        text = (THINK_OPEN if inside else "") + str(self._talk.target.decode(body))
-        failed = failed_gate(
-            body, text, truncated, self._control_ids, self._settings.gates
-        )
-        if failed is None and normalised(text) in self._seen:
-            failed = "duplicate"
-        if failed is not None:
-            outcome.gates[failed] += 1
-            return False
-        self._seen.add(normalised(text))
-        return True
+    def _count(self, turn: Turn) -> None:
+        counts, candidate = self.outcome.counts, turn.candidate
+        answered = candidate.failure is None
+        counts["candidates"] += 1
+        counts["candidates_truncated"] += answered and not candidate.finished
+        counts["candidates_retokenized"] += answered and not candidate.exact
+        counts["tokens_prompted"] += candidate.prompt_tokens
+        counts["tokens_generated"] += len(candidate.ids)
 
+    def _failed(self, task: Task, turn: Turn) -> str | None:
+        gates, truncated = self._settings.gates, not turn.candidate.finished
+        if turn.candidate.failure is not None:
+            return turn.candidate.failure
+        inside = turn.prompt.inside_thinking and not turn.prompt.primed
+        text = (THINK_OPEN if inside else "") + turn.text
+        failed = failed_gate(turn.body, text, truncated, self._control_ids, gates)
+        return failed or self._failed_content(task, turn, text)
 
-def _contender(candidate: Candidate, body: Sequence[int]) -> Contender:
-    return Contender(
-        candidate.prompt_id,
-        candidate.index,
-        len(body),
-        not candidate.finished,
-        candidate.score,
-    )
+    def _failed_content(self, task: Task, turn: Turn, text: str) -> str | None:
+        gates, seed = self._settings.gates, task.seed
+        refused = [said for role, said in seed.messages if role == "assistant"]
+        if is_refusal(text) and not gates.allow_refusals:
+            if not any(is_refusal(said) for said in refused):
+                return "refusal"
+        keep = gates.keep_language
+        if seed.kind == "text" if keep is None else keep:
+            messages = turn.prompt.messages
+            asked = seed.text or (messages[-1]["content"] if messages else "")
+            if not same_language(asked, text):
+                return "language"
+        if self._evaluation is not None and self._evaluation.overlaps(text):
+            return "evaluation_overlap"
+        return self._seen.failed(task.id, text, turn.body)
+
+    def _samples(self, turns: Sequence[Turn]) -> list[Sample]:
+        """One sample per turn, or one for turns that continue each other's ids."""
+        samples: list[Sample] = []
+        for turn in turns:
+            end = self._end_of_turn if turn.candidate.finished else None
+            sample = render(turn.prompt.target_ids, turn.body, end)
+            joined = join(samples[-1], sample) if samples else None
+            if joined is not None:
+                samples[-1] = joined
+            else:
+                samples.append(sample)
+        return samples

@@ -9,6 +9,24 @@ from llmc_faq_slider.faq.settings import GateLimits
 _NGRAM = 8
 _ZLIB_MIN_BYTES = 1000
 
+#: every reason for which a candidate is refused, in the order they are looked at
+GATES = (
+    "refused",
+    "invalid_reply",
+    "finish_reason",
+    "truncated",
+    "too_short",
+    "think_unbalanced",
+    "control_token",
+    "compressible",
+    "repetitive",
+    "refusal",
+    "language",
+    "evaluation_overlap",
+    "duplicate",
+    "near_duplicate",
+)
+
 
 def failed_gate(
     body_ids: Sequence[int],
@@ -17,7 +35,7 @@ def failed_gate(
     control_ids: Collection[int],
     limits: GateLimits,
 ) -> str | None:
-    """Name of the first gate a candidate fails, or None if it is valid.
+    """Name of the first gate of form a candidate fails, or None if it is valid.
 
     :param body_ids: answer ids, without the end of turn
     :param text: the same decoded, with special tokens and any opening think tag that
@@ -60,8 +78,3 @@ def repeated_share(ids: Sequence[int], n: int = _NGRAM) -> float:
     """Share of ``n``-token runs that already occurred earlier in ``ids``."""
     runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def normalised(text: str) -> str:
-    """Form in which two answers count as the same."""
-    return " ".join(text.casefold().split())

@@ -1,18 +1,19 @@
 """Who writes the candidates. In-process ``transformers`` models live here.
 
-A generator of another kind (one behind an endpoint, say) is one more class with the
-methods of :class:`Generator` and one more function that returns a
-:class:`GeneratorSource`; nothing else has to know of it.
+A generator of another kind is one more class with the methods of :class:`Generator`
+and one more function that returns a :class:`GeneratorSource`, as in
+``faq/endpoint_generator.py``; nothing else has to know of it.
 """
 
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 import torch
+from loguru import logger
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,18 +23,40 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
 
 from llmc_faq_slider.faq.identity import (
     FamilyError,
     check_larger,
     check_lineage,
     check_tokenizers,
-    folder_fingerprint,
+    model_fingerprint,
 )
-from llmc_faq_slider.faq.rendering import end_of_turn_id, has_thinking_switch
+from llmc_faq_slider.faq.prompts import Message
+from llmc_faq_slider.faq.rendering import (
+    encode,
+    end_of_turn_id,
+    has_thinking_switch,
+)
 from llmc_faq_slider.faq.sampling import Draw, context_length, sample_batch
 from llmc_faq_slider.faq.settings import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a generator.
+
+    :param ids: the prompt, rendered and tokenised as the generator reads it
+    :param seed: 32-bit seed of the answer
+    :param messages: what ``ids`` render, None where a text is continued
+    :param enable_thinking: value of the template's switch, None if it has none
+    :param inside_thinking: the rendered prompt ends inside a think block
+    """
+
+    ids: Sequence[int]
+    seed: int
+    messages: Sequence[Message] | None = None
+    enable_thinking: bool | None = None
+    inside_thinking: bool = False
 
 
 class Generator(Protocol):
@@ -41,16 +64,16 @@ class Generator(Protocol):
 
     def answer(
         self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
+        requests: Sequence[Request],
         sampling: Sampling,
-        on_step: Callable[[int], None],
-    ) -> list[Draw]:
-        """One answer per prompt, with log-probabilities under the generator.
+        on_step: Callable[[float], None],
+        on_draw: Callable[[int, Draw], None],
+    ) -> None:
+        """Answer each request once, with log-probabilities under the generator.
 
-        :param prompts: prompt ids per row
-        :param seeds: one 32-bit seed per row
-        :param on_step: told the number of unfinished rows now and then
+        :param on_step: told the share that is done, 0 to 1, now and then
+        :param on_draw: given the position of a request and its answer, in any order,
+            from the calling thread
         """
         ...
 
@@ -65,6 +88,10 @@ class GeneratorSource:
     :param context_length: positions it can attend to, None for unknown
     :param defaults: its own sampling settings
     :param open: context in which the generator is loaded
+    :param independent: an answer does not hang, not even in its rounding, on which
+        others are asked for at the same time
+    :param shares_tokens: its ids mean the same to the target, whose ids the answers
+        have to be made of otherwise
     """
 
     identity: dict[str, str]
@@ -73,54 +100,71 @@ class GeneratorSource:
     context_length: int | None
     defaults: GenerationConfig
     open: Callable[[], AbstractContextManager[Generator]]
+    independent: bool = False
+    shares_tokens: bool = True
 
 
 class TransformersGenerator:
-    """A causal language model in this process."""
+    """A causal language model in this process.
 
-    def __init__(self, model: PreTrainedModel, end_ids: Collection[int]):
+    :param translate: makes target ids of the drawn ones, None where they are the same
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        end_ids: Collection[int],
+        translate: Callable[[Draw], Draw] | None = None,
+    ):
         self._model = model
         self._end_ids = frozenset(end_ids)
+        self._translate = translate
 
     def answer(
         self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
+        requests: Sequence[Request],
         sampling: Sampling,
-        on_step: Callable[[int], None],
-    ) -> list[Draw]:
-        return sample_batch(
-            self._model, prompts, seeds, sampling, self._end_ids, on_step
+        on_step: Callable[[float], None],
+        on_draw: Callable[[int, Draw], None],
+    ) -> None:
+        steps = count(1)
+        draws = sample_batch(
+            self._model,
+            [request.ids for request in requests],
+            [request.seed for request in requests],
+            sampling,
+            self._end_ids,
+            lambda rows: on_step(next(steps) / sampling.max_new_tokens),
         )
+        for position, draw in enumerate(draws):
+            on_draw(position, self._translate(draw) if self._translate else draw)
 
 
 def self_source(
-    model: PreTrainedModel,
+    opened_model: Callable[[], AbstractContextManager[PreTrainedModel]],
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    defaults: GenerationConfig,
     fingerprint: str,
-    full_precision: Callable[[], AbstractContextManager[None]],
 ) -> GeneratorSource:
     """The target as its own generator.
 
+    :param opened_model: context with the model in eval mode and in full precision
+    :param defaults: its own sampling settings
     :param fingerprint: hash of its current weights
-    :param full_precision: context in which its forward is that of the plain weights
     """
-    defaults = model.generation_config or GenerationConfig()
     ends = end_ids(tokenizer, defaults)
 
     @contextmanager
     def opened() -> Iterator[Generator]:
-        was_training = model.training
-        with full_precision():
-            model.eval()
+        with opened_model() as model:
             yield TransformersGenerator(model, ends)
-            model.train(was_training)
 
     return GeneratorSource(
         identity={"kind": "self", "weights": fingerprint},
         tokenizer=tokenizer,
         end_ids=ends,
-        context_length=context_length(model.config),
+        context_length=context_length(config),
         defaults=defaults,
         open=opened,
     )
@@ -131,11 +175,14 @@ def sibling_source(
     target_config: PretrainedConfig,
     target_tokenizer: PreTrainedTokenizerBase,
     target_size: int,
+    allow_retokenize: bool = False,
 ) -> GeneratorSource:
     """A larger sibling from a folder or a hub, loaded to the accelerator if any.
 
     :param name: folder or hub id
     :param target_size: parameters of the target
+    :param allow_retokenize: take a model of another line or with another tokenizer,
+        whose answers are tokenised again for the target
     :raises FamilyError: when it is of another family or not larger
     """
     try:
@@ -146,10 +193,12 @@ def sibling_source(
             f"generator {name!r} cannot be read: {error}. Give `self`, a folder or a "
             "hub id of a larger sibling."
         ) from error
-    check_lineage(target_config, config, name)
-    check_tokenizers(target_tokenizer, tokenizer, name)
-    defaults = _generation_config(name)
+    shares = share_tokens(target_tokenizer, tokenizer, name, allow_retokenize)
+    if not allow_retokenize:
+        check_lineage(target_config, config, name)
+    defaults = generation_config(name)
     ends = end_ids(tokenizer, defaults)
+    translate = None if shares else translator(tokenizer, target_tokenizer, ends)
 
     @contextmanager
     def opened() -> Iterator[Generator]:
@@ -158,20 +207,60 @@ def sibling_source(
         accelerated = torch.accelerator.is_available()
         if accelerated:
             model.to(torch.accelerator.current_accelerator())
-        yield TransformersGenerator(model, ends)
+        yield TransformersGenerator(model, ends, translate)
         del model
         gc.collect()
         if accelerated:
             torch.accelerator.empty_cache()
 
     return GeneratorSource(
-        identity={"kind": "sibling", "name": name, "weights": _fingerprint(name)},
+        identity={"kind": "sibling", "name": name, "weights": model_fingerprint(name)},
         tokenizer=tokenizer,
         end_ids=ends,
         context_length=context_length(config),
         defaults=defaults,
         open=opened,
+        shares_tokens=shares,
     )
+
+
+def share_tokens(
+    target: PreTrainedTokenizerBase,
+    generator: PreTrainedTokenizerBase,
+    name: str,
+    allow_retokenize: bool,
+) -> bool:
+    """Whether two models share their token ids.
+
+    :raises FamilyError: when they do not and ``allow_retokenize`` is off
+    """
+    try:
+        check_tokenizers(target, generator, name)
+    except FamilyError as error:
+        if not allow_retokenize:
+            raise
+        logger.warning(f"FAQ: answers are tokenised again: {error}")
+        return False
+    return True
+
+
+def translator(
+    speaker: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    ends: Collection[int],
+) -> Callable[[Draw], Draw]:
+    """Makes target ids of a draw of the speaker's ids, by way of the text."""
+    ending = end_of_turn_id(target)
+
+    def translate(draw: Draw) -> Draw:
+        body = draw.ids[:-1] if draw.finished and draw.ids[-1] in ends else draw.ids
+        text = str(speaker.decode(body, skip_special_tokens=True))
+        ids = encode(target, text)
+        if draw.finished and ending is not None:
+            ids.append(ending)
+        return replace(draw, ids=ids, exact=False)
+
+    return translate
 
 
 def end_ids(
@@ -191,31 +280,30 @@ def resolve_sampling(
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> Sampling:
-    """Given values first, then the generator's own, then ours by kind of template."""
+    """Given values first, then the generator's own, then ours by kind of template.
+
+    A server that has not told its own applies them by itself, so ours stay out of it.
+    """
     thinking = has_thinking_switch(source.tokenizer)
-    ours = (0.6, 0.95, 20) if thinking else (0.7, 0.8, 20)
+    ours: tuple[float | None, ...] = (0.6, 0.95, 20) if thinking else (0.7, 0.8, 20)
+    if source.identity["kind"] == "endpoint":
+        ours = (None, None, None)
     own = source.defaults
+    k = _first(top_k, own.top_k, ours[2])
     return Sampling(
-        temperature=float(_first(temperature, own.temperature, ours[0])),
-        top_p=float(_first(top_p, own.top_p, ours[1])),
-        top_k=int(_first(top_k, own.top_k, ours[2])),
+        temperature=_first(temperature, own.temperature, ours[0]),
+        top_p=_first(top_p, own.top_p, ours[1]),
+        top_k=None if k is None else int(k),
         max_new_tokens=max_new_tokens,
     )
 
 
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
+def _first(*values: float | None) -> float | None:
+    return next((float(value) for value in values if value is not None), None)
 
 
-def _generation_config(name: str) -> GenerationConfig:
+def generation_config(name: str) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(name)
     except OSError:
         return GenerationConfig()
-
-
-def _fingerprint(name: str) -> str:
-    if Path(name).is_dir():
-        return folder_fingerprint(Path(name))
-    # a hub snapshot lives in a folder named by its commit
-    return Path(str(cached_file(name, "config.json"))).parent.name

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 _BLOCK = 1 << 16
 _BLOCKS = 64
 _VALUES = 1024
+_PROBED_ENTRIES = 300
 
 #: strings whose encodings two tokenizers of one family must share
 _PROBES = (
@@ -45,6 +47,17 @@ def folder_fingerprint(folder: Path) -> str:
                 file.seek(index * max(size - _BLOCK, 0) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()
+
+
+def model_fingerprint(name: str) -> str:
+    """Fingerprint of a model folder, or the commit of a hub snapshot.
+
+    :param name: folder or hub id
+    """
+    if Path(name).is_dir():
+        return folder_fingerprint(Path(name))
+    # a hub snapshot lives in a folder named by its commit
+    return Path(str(cached_file(name, "config.json"))).parent.name
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -84,6 +97,20 @@ def check_tokenizers(
                 f"{len(theirs[part])} entries). Choose a sibling with the same "
                 "tokenizer, or `generator: self`."
             )
+
+
+def encoding_probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """One text whose encoding tells most other tokenizers apart.
+
+    It holds the probe strings, every added token and a few hundred entries spread
+    over the vocabulary.
+    """
+    ids = sorted(tokenizer.get_vocab().values())
+    spread = ids[:: max(1, len(ids) // _PROBED_ENTRIES)]
+    words = [str(tokenizer.decode([index])) for index in spread]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    whole = [word for word in words if "\ufffd" not in word]
+    return "\n".join([*_PROBES, *added, *whole])
 
 
 def check_lineage(

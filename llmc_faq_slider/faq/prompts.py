@@ -1,13 +1,14 @@
 """From a seed to the messages the generator answers. The wording is ours."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from llmc_faq_slider.faq.seeds import Seed
 
-PROMPT_VERSION = "faq-wrap-v1"
+PROMPT_VERSION = "faq-wrap-v2"
 
 _PASSAGE = (
     "Below is a passage between two markers.\n"
@@ -20,6 +21,7 @@ _PASSAGE_REASONING = (
     "conclude. "
 )
 _SHOW_REASONING = "\n\nThink step by step and show your reasoning before the answer."
+_CHAT_ROLES = ("system", "user")
 
 Message = dict[str, str]
 
@@ -37,27 +39,46 @@ class Wrapping:
     reasoning: bool
 
 
-def to_messages(
+def turns(
     seed: Seed, wrapping: Wrapping, tokenizer: PreTrainedTokenizerBase
-) -> list[Message]:
-    """Messages that end with a user turn.
+) -> list[list[Message]]:
+    """What is said before each answer: one list of messages per assistant turn.
 
-    Of a chat only a leading system turn and the first user turn are kept; later
-    turns depend on answers that are being replaced.
+    The assistant turns of a chat are dropped, to be written anew one after another. A
+    chat ends where another role than system, user and assistant comes in, because the
+    calls that tools answer are not regenerated. Reasoning is asked for once, in the
+    first user turn.
     """
-    if seed.kind == "messages":
-        first = next(content for role, content in seed.messages if role == "user")
-        head = [
-            {"role": role, "content": content}
-            for role, content in seed.messages[:1]
-            if role == "system"
-        ]
-        return [*head, _user(first + (_SHOW_REASONING if wrapping.reasoning else ""))]
+    reasoning = _SHOW_REASONING if wrapping.reasoning else ""
     if seed.kind == "prompt":
-        return [_user(seed.text + (_SHOW_REASONING if wrapping.reasoning else ""))]
-    passage = first_tokens(seed.text, wrapping.passage_tokens, tokenizer)
-    reasoning = _PASSAGE_REASONING if wrapping.reasoning else ""
-    return [_user(_PASSAGE.format(passage=passage, reasoning=reasoning))]
+        return [[_user(seed.text + reasoning)]]
+    if seed.kind == "text":
+        passage = first_tokens(seed.text, wrapping.passage_tokens, tokenizer)
+        asked = _PASSAGE_REASONING if wrapping.reasoning else ""
+        return [[_user(_PASSAGE.format(passage=passage, reasoning=asked))]]
+    said: list[list[Message]] = [[]]
+    for role, content in seed.messages:
+        if role == "assistant":
+            # an assistant that speaks first answers nothing
+            if any(message["role"] == "user" for message in said[-1]):
+                said.append([])
+        elif role in _CHAT_ROLES:
+            said[-1].append({"role": role, "content": content})
+        else:
+            break
+    asked_turns = [turn for turn in said if any(m["role"] == "user" for m in turn)]
+    if asked_turns:
+        first = next(m for m in asked_turns[0] if m["role"] == "user")
+        first["content"] += reasoning
+    return asked_turns
+
+
+def to_messages(said: Sequence[list[Message]], answers: Sequence[str]) -> list[Message]:
+    """The chat up to the turn that comes after ``answers``; ends with a user turn."""
+    messages = []
+    for turn, answer in zip(said, answers, strict=False):
+        messages += [*turn, {"role": "assistant", "content": answer}]
+    return [*messages, *said[len(answers)]]
 
 
 def original_text(seed: Seed) -> str:

@@ -104,3 +104,15 @@ def render(
     tail = [] if end_id is None else [end_id]
     answer = [*body_ids, *tail]
     return Sample([*prompt_ids, *answer], [0] * len(prompt_ids) + [1] * len(answer))
+
+
+def join(earlier: Sample, later: Sample) -> Sample | None:
+    """One sample of two turns of a chat, if the later one begins with the earlier.
+
+    None for templates that show an earlier answer in another form, without its
+    reasoning for instance: then each turn is a sample of its own.
+    """
+    size = len(earlier.input_ids)
+    if later.input_ids[:size] != earlier.input_ids:
+        return None
+    return Sample(later.input_ids, [*earlier.loss_mask, *later.loss_mask[size:]])

@@ -21,12 +21,24 @@ class Draw:
 
     :param ids: answer ids, with the end id if one was drawn
     :param finished: an end id was drawn before the limit
-    :param logprobs: natural log-probability of each id under the unscaled model
+    :param logprobs: natural log-probability of each id under the unscaled model; empty
+        if the generator does not tell
+    :param exact: the ids are those that were drawn, not text tokenised again
+    :param failure: why there is no usable answer, named like a gate; None if there is
     """
 
     ids: list[int]
     finished: bool
     logprobs: list[float]
+    exact: bool = True
+    failure: str | None = None
+
+    @property
+    def score(self) -> float | None:
+        """Mean log-probability per token, in nats."""
+        if not self.logprobs:
+            return None
+        return sum(self.logprobs) / len(self.logprobs)
 
 
 def row_seed(*parts: object) -> int:
@@ -116,9 +128,9 @@ def pick(
     logits = logits.float()
     k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     top, ids = logits.topk(k, dim=-1)
-    probs = torch.softmax(top / sampling.temperature, dim=-1)
+    probs = torch.softmax(top / (sampling.temperature or 1.0), dim=-1)
     before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+    probs = probs.masked_fill(before >= (sampling.top_p or 1.0), 0.0)
     cumulative = probs.cumsum(-1)
     point = uniforms[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ SHIPPED = Path(__file__).with_name("seed_prompts.jsonl")
 
 _MESSAGES_COLUMNS = ("messages", "conversations")
 _PROMPT_COLUMNS = ("prompt", "question", "instruction")
+_ANSWER_COLUMNS = ("completion", "response", "answer", "output")
+_SOURCE_COLUMNS = ("source", "topic", "domain")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -25,11 +27,13 @@ class Seed:
     :param kind: ``prompt`` is a request, ``text`` a passage, ``messages`` a chat
     :param text: the request or the passage; empty for ``messages``
     :param messages: the chat as ``(role, content)`` pairs; empty for the others
+    :param source: which part of a mixture it comes from; no part of its identity
     """
 
     kind: Literal["prompt", "text", "messages"]
     text: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    source: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
@@ -47,8 +51,11 @@ def load_seeds(source: str, split: str | None = None) -> list[Seed]:
     """Read seeds from a local file or from a data set hub.
 
     Columns, first match wins: ``messages``/``conversations`` (a chat),
-    ``prompt``/``question``/``instruction`` (+ ``input``; a request), ``text`` (a
-    passage). In a ``.txt`` file passages are separated by blank lines.
+    ``prompt``/``question``/``instruction`` (+ ``input``; a request, or a chat of two
+    turns with ``completion``/``response``/``answer``/``output``; a list of messages is
+    a chat), ``text`` (a passage). ``source``/``topic``/``domain`` names the part of a
+    mixture. In a ``.txt`` file passages are separated by blank lines. Lone surrogates,
+    which no encoder takes, are replaced.
 
     :param source: path of a json, jsonl, txt or parquet file, or a hub name
     :param split: split of a hub data set, "train" when None
@@ -67,6 +74,20 @@ def load_seeds(source: str, split: str | None = None) -> list[Seed]:
         records = load_dataset(source, split=split or "train")
     seeds = [_parse(record, source) for record in records]
     return _unique(seeds, source)
+
+
+def load_mixture(sources: Sequence[str], split: str | None = None) -> list[Seed]:
+    """Read several sources, each a part of the mixture unless its records say more."""
+    seeds: list[Seed] = []
+    for source in sources:
+        for seed in load_seeds(source, split):
+            seeds.append(seed if seed.source else replace(seed, source=source))
+    return list({seed.id: seed for seed in reversed(seeds)}.values())[::-1]
+
+
+def seed_texts(seed: Seed) -> list[str]:
+    """All that is said in a seed."""
+    return [seed.text, *(content for _, content in seed.messages)]
 
 
 def seeds_from_rows(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[Seed]:
@@ -131,31 +152,62 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
 
 def _parse(record: Any, source: str) -> Seed:
     if isinstance(record, str):
-        return Seed("text", text=record.strip())
+        return Seed("text", text=_clean(record))
     if not isinstance(record, Mapping):
         raise ValueError(f"seeds: {source!r} holds a record that is no object")
+    part = next((str(record[c]) for c in _SOURCE_COLUMNS if record.get(c)), "")
     for column in _MESSAGES_COLUMNS:
         if record.get(column):
-            return Seed("messages", messages=_chat(record[column]))
+            chat = _chat(record[column], source)
+            return Seed("messages", messages=chat, source=part)
     for column in _PROMPT_COLUMNS:
-        if record.get(column):
-            parts = (str(record[column]), str(record.get("input") or ""))
-            return Seed("prompt", text="\n\n".join(p for p in parts if p).strip())
+        asked = record.get(column)
+        if asked and not isinstance(asked, str):
+            return Seed("messages", messages=_chat(asked, source), source=part)
+        if asked:
+            parts = (asked, str(record.get("input") or ""))
+            text = "\n\n".join(_clean(p) for p in parts if p).strip()
+            answers = (record.get(c) for c in _ANSWER_COLUMNS)
+            answer = next((a for a in answers if isinstance(a, str) and a), None)
+            if answer is None:
+                return Seed("prompt", text=text, source=part)
+            chat = (("user", text), ("assistant", _clean(answer)))
+            return Seed("messages", messages=chat, source=part)
     if "text" in record:
-        return Seed("text", text=str(record["text"]).strip())
+        return Seed("text", text=_clean(str(record["text"])), source=part)
     raise ValueError(
         f"seeds: {source!r} has the columns {sorted(record)}; expected one of "
         f"{', '.join((*_MESSAGES_COLUMNS, *_PROMPT_COLUMNS, 'text'))}"
     )
 
 
-def _chat(turns: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+def _chat(turns: Any, source: str) -> tuple[tuple[str, str], ...]:
     chat = []
-    for turn in turns:
+    for turn in turns if isinstance(turns, Sequence) else [turns]:
+        if not isinstance(turn, Mapping):
+            raise ValueError(
+                f"seeds: {source!r} holds a chat whose turn is a "
+                f"{type(turn).__name__}, not an object with role and content"
+            )
         role = str(turn.get("role") or turn.get("from"))
         content = turn.get("content") or turn.get("value") or ""
-        chat.append((_ROLES.get(role, role), str(content)))
+        chat.append((_ROLES.get(role, role), _clean(_plain(content))))
     return tuple(chat)
+
+
+def _plain(content: Any) -> str:
+    """Text of a turn; of content in parts, that of its text parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        parts = [p.get("text") or "" for p in content if isinstance(p, Mapping)]
+        return "\n".join(str(part) for part in parts if part)
+    return str(content)
+
+
+def _clean(text: str) -> str:
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.strip()
 
 
 def _unique(seeds: Iterable[Seed], source: str) -> list[Seed]:

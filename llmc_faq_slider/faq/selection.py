@@ -1,8 +1,9 @@
-"""Group competition: the best of a prompt's valid candidates."""
+"""Group competition: the valid candidates of a prompt from best to worst."""
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from llmc_faq_slider.faq.settings import Selector
 
@@ -14,8 +15,9 @@ class Contender:
     :param prompt_id: the group
     :param index: candidate number inside the group
     :param num_tokens: answer tokens without the end of turn
-    :param truncated: cut off at the token limit
-    :param score: mean log-probability under the expert, in nats per token
+    :param truncated: cut off at the token limit, or lacking turns of a chat
+    :param score: what the selector's expert says of it: mean log-probability in nats
+        per token, or the judge's grade
     """
 
     prompt_id: str
@@ -25,22 +27,25 @@ class Contender:
     score: float
 
 
-def winner(group: Sequence[Contender], selector: Selector, seed: int) -> Contender:
-    """The winner: finished answers first, then the selector's score.
+def ranked(
+    group: Sequence[Contender], selector: Selector, seed: int
+) -> list[Contender]:
+    """Finished answers first, then by the selector's measure, the best one first.
 
     Ties go to the shorter answer, then to the lower candidate number.
     """
+    middle = median(contender.score for contender in group)
 
-    def rank(c: Contender) -> tuple[bool, float, int, int]:
-        return (c.truncated, -_score(c, selector, seed), c.num_tokens, c.index)
-
-    return min(group, key=rank)
-
-
-def _score(contender: Contender, selector: Selector, seed: int) -> float:
-    if selector == "expert_nll":
+    def measure(contender: Contender) -> float:
+        if selector == "typical":
+            return -abs(contender.score - middle)
+        if selector == "longest":
+            return float(contender.num_tokens)
+        if selector == "random":
+            key = f"{seed}:{contender.prompt_id}:{contender.index}"
+            return float(zlib.crc32(key.encode()))
         return contender.score
-    if selector == "longest":
-        return float(contender.num_tokens)
-    key = f"{seed}:{contender.prompt_id}:{contender.index}"
-    return float(zlib.crc32(key.encode()))
+
+    return sorted(
+        group, key=lambda c: (c.truncated, -measure(c), c.num_tokens, c.index)
+    )

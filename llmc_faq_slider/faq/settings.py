@@ -6,7 +6,9 @@ The method's public description names none of these values: all are our choices.
 from dataclasses import dataclass, field
 from typing import Literal
 
-Selector = Literal["expert_nll", "random", "longest"]
+Selector = Literal[
+    "expert_nll", "expert_judge", "typical", "target_nll", "random", "longest"
+]
 
 #: rows x tokens of the calibration set, new tokens per answer, prompts per batch
 ACCELERATOR_SIZES = {"rows": 128, "length": 2048, "new": 1024, "batch": 64}
@@ -18,6 +20,9 @@ MIN_PASSAGE_TOKENS = 16
 #: prefix tokens that a model without a chat template continues
 CONTINUATION_TOKENS = 64
 
+#: selectors that ask an expert for a number, and those that ask the target
+SCORED: tuple[Selector, ...] = ("expert_nll", "typical", "target_nll")
+
 
 @dataclass(frozen=True)
 class GateLimits:
@@ -28,21 +33,32 @@ class GateLimits:
     :param max_repeated_share: share of 8-token runs that occurred before in the answer
     :param accept_truncated: let answers cut off at the token limit compete, below all
         finished ones
+    :param max_similarity: share of common 5-token runs (Jaccard) up to which an answer
+        may resemble one to another prompt
+    :param keep_language: refuse answers in another language than the prompt's; None
+        for passages only, because requests may ask for another one
+    :param allow_refusals: let answers compete that decline to answer
     """
 
     min_response_tokens: int = 32
     max_zlib_ratio: float = 4.0
     max_repeated_share: float = 0.2
     accept_truncated: bool = True
+    max_similarity: float = 0.8
+    keep_language: bool | None = None
+    allow_refusals: bool = False
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn; ``top_k`` 0 means the whole vocabulary."""
+    """How one answer is drawn; ``top_k`` 0 means the whole vocabulary.
 
-    temperature: float
-    top_p: float
-    top_k: int
+    None leaves a value to the server that draws.
+    """
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     max_new_tokens: int
 
 
@@ -57,6 +73,10 @@ class Settings:
     :param batch_size: prompts in one generation batch
     :param selector: what decides the competition inside a group
     :param gates: limits for taking part
+    :param retries: further tries, with new random numbers and twice the tokens, for
+        prompts without any valid answer
+    :param oversample: tokens to collect, as a multiple of N x L, for the choice of
+        samples by the channels they excite; 1 for no such choice
     :param max_fallback_fraction: largest share of prompts without any valid answer
     :param chain_of_thought: ask for the reasoning before the answer
     :param enable_thinking: thinking switch of the chat template, None for automatic
@@ -70,6 +90,8 @@ class Settings:
     batch_size: int
     selector: Selector = "expert_nll"
     gates: GateLimits = field(default_factory=GateLimits)
+    retries: int = 1
+    oversample: float = 1.0
     max_fallback_fraction: float = 0.1
     chain_of_thought: bool = True
     enable_thinking: bool | None = None

@@ -1,9 +1,10 @@
-"""Files of the stage: candidates as they arrive, and the finished data sets.
+"""Files of the stage: candidates and scores as they arrive, finished data sets.
 
-Below the root, ``candidates/<key>/candidates.jsonl`` only ever grows, and
+Below the root, the logs in ``candidates/<key>/`` only ever grow, and
 ``datasets/<key>/`` holds ``calibration.safetensors`` (``input_ids`` int32 [N, L],
-``loss_mask`` uint8 [N, L]) and ``manifest.json``. A key is the hash of all that
-decides the content, so a changed setting never meets a stale file.
+``loss_mask`` uint8 [N, L]), ``messages.jsonl`` (the samples it was packed from) and
+``manifest.json``. A key is the hash of all that decides the content, so a changed
+setting never meets a stale file.
 """
 
 import fcntl
@@ -14,15 +15,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from loguru import logger
 from safetensors.torch import load_file, save_file
 
 _KEY_DIGITS = 16
-_DATA = "calibration.safetensors"
-_MANIFEST = "manifest.json"
+DATA = "calibration.safetensors"
+MESSAGES = "messages.jsonl"
+MANIFEST = "manifest.json"
+
+
+class StoreBusyError(RuntimeError):
+    """Another process works on the same candidates."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +37,23 @@ class Candidate:
 
     :param prompt_id: which prompt
     :param index: candidate number of that prompt
-    :param ids: answer ids, with the end id if one was drawn
+    :param ids: answer ids, with the end id if one was drawn; empty if it failed
     :param finished: an end id was drawn before the token limit
-    :param score: mean log-probability under the generator, nats per token
+    :param score: mean log-probability under the generator, nats per token; None if
+        the generator did not tell
+    :param exact: the ids are those that were drawn, not text tokenised again
+    :param failure: why there is no usable answer, None if there is
+    :param prompt_tokens: tokens of the prompt
     """
 
     prompt_id: str
     index: int
     ids: list[int]
     finished: bool
-    score: float
+    score: float | None
+    exact: bool = True
+    failure: str | None = None
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +64,14 @@ class CalibrationSet:
     :param loss_mask: uint8 [N, L], 1 on answer tokens
     :param manifest: what produced it
     :param reused: read from disk, nothing was generated
+    :param folder: where it is kept
     """
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     manifest: dict[str, Any]
     reused: bool
+    folder: Path
 
 
 def content_key(content: Mapping[str, Any]) -> str:
@@ -70,21 +85,48 @@ class CandidateLog:
 
     def __init__(self, path: Path):
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._known = {(c.prompt_id, c.index): c for c in _read_log(path)}
+        self._known: dict[tuple[str, int], Candidate] = {}
+        for number, record in _read_lines(path):
+            try:
+                candidate = Candidate(**record)
+            except TypeError as error:
+                raise _spoilt(path, number, error) from error
+            self._known[candidate.prompt_id, candidate.index] = candidate
 
     def get(self, prompt_id: str, index: int) -> Candidate | None:
         return self._known.get((prompt_id, index))
 
-    def append(self, candidates: Iterable[Candidate]) -> None:
-        """Write candidates not seen before and wait until they are on disk."""
-        fresh = [c for c in candidates if (c.prompt_id, c.index) not in self._known]
-        with self._path.open("a", encoding="utf-8") as file:
-            for candidate in fresh:
-                file.write(json.dumps(asdict(candidate)) + "\n")
-                self._known[candidate.prompt_id, candidate.index] = candidate
-            file.flush()
-            os.fsync(file.fileno())
+    def append(self, candidate: Candidate) -> None:
+        """Write a candidate, unless it is known, and wait until it is on disk."""
+        key = candidate.prompt_id, candidate.index
+        if key not in self._known:
+            _append_line(self._path, asdict(candidate))
+            self._known[key] = candidate
+
+    def note(self, candidate: Candidate) -> None:
+        """Keep a candidate for this run only."""
+        self._known.setdefault((candidate.prompt_id, candidate.index), candidate)
+
+
+class ScoreLog:
+    """Append-only log of scores by name, kept like candidates."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._known: dict[str, list[float]] = {}
+        for number, record in _read_lines(path):
+            try:
+                self._known[record["of"]] = record["scores"]
+            except (KeyError, TypeError) as error:
+                raise _spoilt(path, number, error) from error
+
+    def get(self, of: str) -> list[float] | None:
+        return self._known.get(of)
+
+    def append(self, of: str, scores: list[float]) -> None:
+        """Write scores and wait until they are on disk. An empty list is a failure."""
+        _append_line(self._path, {"of": of, "scores": scores})
+        self._known[of] = scores
 
 
 class Store:
@@ -94,19 +136,37 @@ class Store:
         self.root = Path(root).expanduser()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes out of the root; released when a process dies."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def locked(self, key: str) -> Iterator[None]:
+        """Keep the candidates of a key to this process, which may end in any way.
+
+        :raises StoreBusyError: while another process has them
+        """
+        folder = self._candidate_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreBusyError(
+                    f"{folder} is in use by process {_owner(file)}. Wait for it to "
+                    "end, or give this run a `cache_dir` of its own."
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
             yield
 
     def candidates(self, key: str, settings: Mapping[str, Any]) -> CandidateLog:
         """The log of one key; ``settings`` are written beside it for readers."""
-        folder = self.root / "candidates" / key
+        folder = self._candidate_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
         log = CandidateLog(folder / "candidates.jsonl")
         _write_json(folder / "settings.json", settings)
         return log
+
+    def scores(self, key: str, expert_key: str) -> ScoreLog:
+        """What one expert said of the candidates of a key."""
+        return ScoreLog(self._candidate_folder(key) / f"scores-{expert_key}.jsonl")
 
     def dataset_folder(self, key: str) -> Path:
         return self.root / "datasets" / key
@@ -114,20 +174,21 @@ class Store:
     def read_dataset(self, key: str) -> CalibrationSet | None:
         """The finished set of a key, or None if absent or damaged."""
         folder = self.dataset_folder(key)
-        if not (folder / _MANIFEST).is_file() or not (folder / _DATA).is_file():
+        if not all((folder / name).is_file() for name in (MANIFEST, MESSAGES, DATA)):
             return None
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except ValueError:
             manifest = {}
-        if manifest.get("sha256") != _file_hash(folder / _DATA):
+        found = {name: _file_hash(folder / name) for name in (DATA, MESSAGES)}
+        if manifest.get("sha256") != found:
             logger.warning(
                 f"FAQ: {folder} does not match its manifest and is built anew"
             )
             return None
-        tensors = load_file(folder / _DATA)
+        tensors = load_file(folder / DATA)
         return CalibrationSet(
-            tensors["input_ids"], tensors["loss_mask"], manifest, reused=True
+            tensors["input_ids"], tensors["loss_mask"], manifest, True, folder
         )
 
     def write_dataset(
@@ -135,37 +196,64 @@ class Store:
         key: str,
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,
+        messages: Iterable[Mapping[str, Any]],
         manifest: Mapping[str, Any],
     ) -> CalibrationSet:
-        """Write data, then manifest, each in one step."""
+        """Write data, then manifest, each in one step.
+
+        :param messages: a record per sample
+        """
         folder = self.dataset_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / (_DATA + ".part")
-        save_file({"input_ids": input_ids, "loss_mask": loss_mask}, part)
-        full = {**manifest, "key": key, "sha256": _file_hash(part)}
-        os.replace(part, folder / _DATA)
-        _write_json(folder / _MANIFEST, full)
-        return CalibrationSet(input_ids, loss_mask, full, reused=False)
+        parts = {name: folder / (name + ".part") for name in (DATA, MESSAGES)}
+        save_file({"input_ids": input_ids, "loss_mask": loss_mask}, parts[DATA])
+        lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
+        parts[MESSAGES].write_text("".join(lines), encoding="utf-8")
+        hashes = {name: _file_hash(part) for name, part in parts.items()}
+        full = {**manifest, "key": key, "sha256": hashes}
+        for name, part in parts.items():
+            _settle(part, folder / name)
+        _write_json(folder / MANIFEST, full)
+        return CalibrationSet(input_ids, loss_mask, full, False, folder)
+
+    def _candidate_folder(self, key: str) -> Path:
+        return self.root / "candidates" / key
 
 
-def _read_log(path: Path) -> list[Candidate]:
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered records of a log; an incomplete last line is cut off the file."""
     if not path.is_file():
-        return []
+        return
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         logger.warning(f"FAQ: cut off an incomplete last line of {path}")
         os.truncate(path, len(whole))
-    candidates = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            candidates.append(Candidate(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {path} is no candidate ({error}); remove the file "
-                "to generate its candidates again"
-            ) from error
-    return candidates
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise _spoilt(path, number, error) from error
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("ab") as file:
+        # one write, so that a kill leaves at most one incomplete line, at the end
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _spoilt(path: Path, number: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"line {number} of {path} cannot be read ({error}); remove the file to have "
+        "its content made again"
+    )
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(20).strip() or "of unknown number"
 
 
 def _file_hash(path: Path) -> str:
@@ -177,4 +265,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     part.write_text(text, encoding="utf-8")
+    _settle(part, path)
+
+
+def _settle(part: Path, path: Path) -> None:
+    """Put a finished file in its place in one step that survives a power cut."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(part, path)

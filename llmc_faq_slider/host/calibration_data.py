@@ -16,6 +16,7 @@ Upstream interfaces used here that are not documented for use from outside:
   the length of a context, and ``disable_onloading``, which shows the stored ones.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "full_precision",
     "plain_weights",
     "rows_loader",
+    "takes_loss_mask",
 ]
 
 #: set by compressed-tensors on modules whose forward quantises
@@ -42,17 +44,24 @@ Rows = dict[str, torch.Tensor]
 
 
 class PackedRows(Dataset):
-    """Rows of equal length: ``input_ids`` int64 [L] and ``attention_mask`` of ones."""
+    """Rows of equal length: ``input_ids`` int64 [L] and ``attention_mask`` of ones.
 
-    def __init__(self, input_ids: torch.Tensor):
+    With a mask, ``loss_mask`` int64 [L] too: 1 on answers, 0 on prompts.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, loss_mask: torch.Tensor | None = None):
         self.input_ids = input_ids.to(torch.int64)
+        self.loss_mask = None if loss_mask is None else loss_mask.to(torch.int64)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> Rows:
         row = self.input_ids[index]
-        return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        columns = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        if self.loss_mask is not None:
+            columns["loss_mask"] = self.loss_mask[index]
+        return columns
 
 
 class _NotYet(Dataset):
@@ -69,13 +78,28 @@ class _NotYet(Dataset):
         )
 
 
-def rows_loader(input_ids: torch.Tensor) -> DataLoader:
+def rows_loader(
+    input_ids: torch.Tensor, loss_mask: torch.Tensor | None = None
+) -> DataLoader:
     """Loader of batches of one row.
 
     :param input_ids: integer [N, L]
-    :return: loader of ``{input_ids, attention_mask}``, both int64 [1, L], in order
+    :param loss_mask: integer [N, L], or None
+    :return: loader of ``{input_ids, attention_mask}`` and ``loss_mask`` if given, all
+        int64 [1, L], in order
     """
-    return DataLoader(PackedRows(input_ids), batch_size=1, shuffle=False)
+    return DataLoader(PackedRows(input_ids, loss_mask), batch_size=1, shuffle=False)
+
+
+def takes_loss_mask(model: torch.nn.Module) -> bool:
+    """Whether the model's forward puts up with a ``loss_mask`` among its inputs.
+
+    Upstream's basic pipeline passes whole batches to the model.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "loss_mask" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
 
 
 class _MissingLoader:
@@ -117,9 +141,18 @@ class Handoff:
         self._original = dict(self.loader.__dict__)
         self._held = True
 
-    def swap(self, input_ids: torch.Tensor) -> None:
-        """From now on the loader yields these rows, integer [N, L]."""
-        _become(self.loader, rows_loader(input_ids).__dict__)
+    def swap(
+        self,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        model: torch.nn.Module,
+    ) -> None:
+        """From now on the loader yields these rows, both integer [N, L].
+
+        :param model: receives whole batches, so a mask it cannot take is left out
+        """
+        mask = loss_mask if takes_loss_mask(model) else None
+        _become(self.loader, rows_loader(input_ids, mask).__dict__)
 
     def release(self) -> None:
         """Put the loader, and upstream's pipeline lookup, back as they were."""

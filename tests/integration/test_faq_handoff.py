@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_faq_slider.faq.modifier import FAQModifier
+from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.faq.sampling import sample_batch
 
 pytestmark = pytest.mark.integration
@@ -128,6 +129,29 @@ def test_awq_sees_exactly_the_regenerated_rows(
     assert seen["AWQModifier"] == regenerated(tmp_path)
 
 
+def test_awq_uses_the_mask_when_it_is_told_to(
+    model, faq, tmp_path, monkeypatch
+) -> None:
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda self, index: None)
+    used = []
+    original = AWQModifier.on_sequential_epoch_end
+
+    def look(self, state, *args, **kwargs):
+        used.append([mask[0].tolist() for mask in state.loss_masks])
+        return original(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(AWQModifier, "on_sequential_epoch_end", look)
+    recipe = [
+        faq(),
+        AWQModifier(n_grid=4),
+        QuantizationModifier(targets="Linear", ignore=["lm_head"], scheme="W4A16"),
+    ]
+    oneshot(model=model, recipe=recipe, use_loss_mask=True)
+    (path,) = tmp_path.glob("faq/datasets/*/calibration.safetensors")
+    assert used and used[0] == load_file(path)["loss_mask"].tolist()
+
+
 def test_a_stage_before_sees_the_original_data(
     model, faq, tmp_path, dataset, small_model
 ) -> None:
@@ -157,7 +181,12 @@ def test_state_holds_the_loader_with_the_new_rows(
     monkeypatch.setattr(FAQModifier, "on_finalize", look)
     oneshot(model=model, recipe=[faq()])
     assert held["rows"] == regenerated(tmp_path)
-    assert set(held["batch"]) == {"input_ids", "attention_mask"}
+    assert set(held["batch"]) == {"input_ids", "attention_mask", "loss_mask"}
+    (path,) = tmp_path.glob("faq/datasets/*/calibration.safetensors")
+    mask = held["batch"]["loss_mask"]
+    assert mask.dtype == torch.int64
+    assert mask[0].tolist() == load_file(path)["loss_mask"][0].tolist()
+    assert 0 < mask.sum() < mask.numel()
     assert held["batch"]["input_ids"].dtype == torch.int64
     assert held["batch"]["attention_mask"].shape == (1, LENGTH)
 
@@ -208,7 +237,7 @@ def test_a_failed_run_is_undone_by_the_next(model, small_model, faq) -> None:
     with pytest.raises(RuntimeError, match="no valid answer"):
         oneshot(
             model=model,
-            recipe=[faq(min_response_tokens=17, max_fallback_fraction=0.0)],
+            recipe=[faq(min_response_tokens=17, retries=0, max_fallback_fraction=0.0)],
         )
     oneshot(model=str(small_model), recipe=[faq()])
     assert CalibrationPipeline.__dict__["from_modifiers"] is original
@@ -248,5 +277,5 @@ def test_the_saved_recipe_loads_again(model, faq, tmp_path) -> None:
     oneshot(model=model, recipe=[stage, gptq()], output_dir=str(tmp_path / "out"))
     saved = Recipe.create_instance(str(tmp_path / "out" / "recipe.yaml"))
     loaded = next(m for m in saved.modifiers if isinstance(m, FAQModifier))
-    own = set(FAQModifier.__annotations__) - {"_handoff"}
+    own = set(FAQOptions.model_fields)
     assert {f: getattr(loaded, f) for f in own} == {f: getattr(stage, f) for f in own}

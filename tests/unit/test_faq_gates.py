@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc_faq_slider.faq.content_gates import normalised
 from llmc_faq_slider.faq.gates import (
     failed_gate,
-    normalised,
     repeated_share,
     think_balanced,
     zlib_ratio,
 )
 from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.rendering import Sample, render
-from llmc_faq_slider.faq.selection import Contender, winner
+from llmc_faq_slider.faq.selection import Contender, ranked
 from llmc_faq_slider.faq.settings import GateLimits
 
 pytestmark = pytest.mark.unit
@@ -75,6 +75,10 @@ def test_repeated_share_counts_second_occurrences_only() -> None:
 
 def test_duplicates_ignore_case_and_space() -> None:
     assert normalised("A  b\nC") == normalised("a b c")
+
+
+def winner(group, selector, seed) -> Contender:
+    return ranked(group, selector, seed)[0]
 
 
 def contender(index, tokens=10, truncated=False, score=0.0) -> Contender:

@@ -4,12 +4,15 @@ import re
 import textwrap
 
 import pytest
+import torch
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
 from llmc_faq_slider.faq.generators import sibling_source
-from llmc_faq_slider.faq.modifier import CACHE_VARIABLE, FAQModifier
+from llmc_faq_slider.faq.modifier import FAQModifier
+from llmc_faq_slider.faq.options import CACHE_VARIABLE, FAQOptions
+from llmc_faq_slider.host.calibration_data import rows_loader, takes_loss_mask
 
 pytestmark = pytest.mark.unit
 
@@ -32,8 +35,8 @@ def test_the_stage_sits_in_the_data_free_slot() -> None:
 
 
 def test_every_field_is_documented() -> None:
-    own = [name for name in FAQModifier.__annotations__ if not name.startswith("_")]
-    missing = [name for name in own if f":param {name}:" not in FAQModifier.__doc__]
+    fields = FAQOptions.model_fields
+    missing = [name for name in fields if f":param {name}:" not in FAQOptions.__doc__]
     assert not missing
 
 
@@ -47,6 +50,9 @@ def test_every_field_is_documented() -> None:
         {"selector": "best"},
         {"generator": ""},
         {"unknown": 1},
+        {"generator": "http://"},
+        {"expert": "https://me:secret@example.org/v1"},
+        {"oversample": 0.5},
     ],
 )
 def test_bad_fields_are_named(fields) -> None:
@@ -56,10 +62,10 @@ def test_bad_fields_are_named(fields) -> None:
 
 def test_the_cache_folder_follows_field_then_variable(monkeypatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, "/somewhere")
-    assert FAQModifier(cache_dir="here")._root() == "here"
-    assert FAQModifier()._root() == "/somewhere/faq"
+    assert FAQModifier(cache_dir="here").store_folder() == "here"
+    assert FAQModifier().store_folder() == "/somewhere/faq"
     monkeypatch.delenv(CACHE_VARIABLE)
-    assert FAQModifier()._root() == "~/.cache/llmc_faq_slider/faq"
+    assert FAQModifier().store_folder() == "~/.cache/llmc_faq_slider/faq"
 
 
 def test_rows_are_cut_to_the_context(small_model, tmp_path) -> None:
@@ -69,5 +75,22 @@ def test_rows_are_cut_to_the_context(small_model, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     source = sibling_source(str(small_model), Model.config, tokenizer, 1)
     Model.config.max_position_embeddings = 100
-    settings = FAQModifier(sequence_length=512)._settings(Model, source)
+    settings = FAQModifier(sequence_length=512).settings(Model.config, source)
     assert settings.sequence_length == 100
+
+
+def test_a_model_that_takes_no_further_arguments_gets_no_mask() -> None:
+    class Strict(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            return input_ids
+
+    class Open(torch.nn.Module):
+        def forward(self, input_ids, **kwargs):
+            return input_ids
+
+    assert not takes_loss_mask(Strict()) and takes_loss_mask(Open())
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [0, 0, 1]])
+    first = next(iter(rows_loader(ids, mask.to(torch.uint8))))
+    assert first["loss_mask"].tolist() == [[0, 1, 1]]
+    assert first["loss_mask"].dtype == torch.int64
+    assert "loss_mask" not in next(iter(rows_loader(ids)))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from llmc_faq_slider.faq.competition import RegenerationError
 from llmc_faq_slider.faq.generators import GeneratorSource, resolve_sampling
-from llmc_faq_slider.faq.preparation import batches, conversation, prepare
+from llmc_faq_slider.faq.preparation import Task, batches, conversation, prepare
 from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import encode, end_of_turn_id
 from llmc_faq_slider.faq.sampling import Draw
@@ -30,6 +30,7 @@ SETTINGS = Settings(
     sampling=Sampling(1.0, 1.0, 0, 40),
     batch_size=4,
     gates=GateLimits(min_response_tokens=4),
+    retries=0,
 )
 
 
@@ -45,10 +46,11 @@ class Scribe:
         ids = [draw.randrange(300, 2000) for _ in range(30)]
         return Draw([*ids, self.end_id], True, [-draw.random()] * 31)
 
-    def answer(self, prompts, seeds, sampling, on_step):
-        self.rows += len(prompts)
-        on_step(len(prompts))
-        return [self.write(seed) for seed in seeds]
+    def answer(self, requests, sampling, on_step, on_draw):
+        self.rows += len(requests)
+        on_step(0.5)
+        for position, request in enumerate(requests):
+            on_draw(position, self.write(request.seed))
 
     @contextmanager
     def open(self):
@@ -89,11 +91,7 @@ def test_rows_are_full_and_token_exact(tokenizer, scribe, tmp_path) -> None:
     assert result.input_ids.shape == result.loss_mask.shape == (4, 64)
     assert not result.reused
     talk = conversation(tokenizer, source(tokenizer, scribe), SETTINGS)
-    prompts = {
-        tuple(prepare(seed, number, talk).target_ids)
-        for seed in SEEDS
-        for number in range(3)
-    }
+    prompts = {tuple(prepare(Task(seed), [], talk).target_ids) for seed in SEEDS}
     ids = result.input_ids.reshape(-1).tolist()
     mask = result.loss_mask.reshape(-1).tolist()
     # runs of prompt and answer take turns; only the last run can be cut
@@ -259,7 +257,9 @@ def test_a_base_model_continues_text(small_model, scribe, tmp_path) -> None:
     tokenizer.chat_template = None
     seeds = [Seed("text", text=f"{i} was the number of a long passage") for i in "abcd"]
     talk = conversation(tokenizer, source(tokenizer, scribe), SETTINGS)
-    assert prepare(seeds[0], 0, talk).target_ids == encode(tokenizer, seeds[0].text)
+    assert prepare(Task(seeds[0]), [], talk).target_ids == encode(
+        tokenizer, seeds[0].text
+    )
     run(tokenizer, scribe, tmp_path, seeds=seeds)
 
 
@@ -271,7 +271,7 @@ def test_templates_of_thinking_siblings_are_reconciled(small_model, scribe) -> N
     )
     assert thinker.chat_template != target.chat_template
     talk = conversation(target, source(thinker, scribe), SETTINGS)
-    prompt = prepare(SEEDS[0], 0, talk)
+    prompt = prepare(Task(SEEDS[0]), [], talk)
     assert prompt.inside_thinking and not talk.wrapping.reasoning
     assert prompt.target_ids + prompt.primed == prompt.generator_ids
     assert "step by step" not in target.decode(prompt.target_ids)
@@ -288,7 +288,7 @@ def test_the_thinking_switch_follows_chain_of_thought(small_model, scribe) -> No
     plain = replace(SETTINGS, chain_of_thought=False)
     talk = conversation(tokenizer, thinker, plain)
     assert talk.enable_thinking is False
-    text = tokenizer.decode(prepare(SEEDS[0], 0, talk).target_ids)
+    text = tokenizer.decode(prepare(Task(SEEDS[0]), [], talk).target_ids)
     assert text.endswith("<think>\n\n</think>\n\n")
     forced = replace(SETTINGS, enable_thinking=False)
     talk = conversation(tokenizer, thinker, forced)

@@ -8,9 +8,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from llmc_faq_slider.faq.prompts import Wrapping, to_messages
+from llmc_faq_slider.faq.prompts import Wrapping, to_messages, turns
 from llmc_faq_slider.faq.seeds import (
     Seed,
+    load_mixture,
     load_seeds,
     seeds_from_rows,
     seeds_hash,
@@ -111,23 +112,70 @@ def test_rows_of_another_loader_are_unpadded(tokenizer) -> None:
         seeds_from_rows(DataLoader([{"x": torch.ones(1)}]), tokenizer)
 
 
-def test_messages_end_with_the_first_user_turn(tokenizer) -> None:
+def messages(seed, reasoning, tokenizer, tokens=64, answers=()):
+    return to_messages(turns(seed, Wrapping(tokens, reasoning), tokenizer), answers)
+
+
+def test_chats_are_put_turn_by_turn(tokenizer) -> None:
     chat = (("system", "be brief"), ("user", "q"), ("assistant", "a"), ("user", "r"))
-    made = to_messages(Seed("messages", messages=chat), Wrapping(64, False), tokenizer)
-    assert made == [
+    seed = Seed("messages", messages=chat)
+    first = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "q"},
     ]
+    assert messages(seed, False, tokenizer) == first
+    assert messages(seed, False, tokenizer, answers=["new"]) == [
+        *first,
+        {"role": "assistant", "content": "new"},
+        {"role": "user", "content": "r"},
+    ]
+
+
+def test_a_chat_ends_before_a_tool_comes_in(tokenizer) -> None:
+    chat = (
+        ("assistant", "welcome"),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("tool", "42"),
+        ("user", "r"),
+    )
+    said = turns(Seed("messages", messages=chat), Wrapping(64, False), tokenizer)
+    assert said == [[{"role": "user", "content": "q"}]]
 
 
 def test_reasoning_is_asked_for_in_words_only_if_wanted(tokenizer) -> None:
     seed = Seed("prompt", text="q")
-    plain = to_messages(seed, Wrapping(64, False), tokenizer)[0]["content"]
-    asked = to_messages(seed, Wrapping(64, True), tokenizer)[0]["content"]
+    plain = messages(seed, False, tokenizer)[0]["content"]
+    asked = messages(seed, True, tokenizer)[0]["content"]
     assert plain == "q" and asked.startswith("q") and "step by step" in asked
+    chat = (("user", "q"), ("assistant", "a"), ("user", "r"))
+    said = turns(Seed("messages", messages=chat), Wrapping(64, True), tokenizer)
+    assert "step by step" in said[0][0]["content"] and said[1][0]["content"] == "r"
 
 
 def test_a_passage_is_cut_to_its_tokens(tokenizer) -> None:
-    text = "word " * 500
-    made = to_messages(Seed("text", text=text), Wrapping(16, True), tokenizer)
+    made = messages(Seed("text", text="word " * 500), True, tokenizer, tokens=16)
     assert 10 < made[0]["content"].count("word") <= 16
+
+
+def test_sources_and_answers_are_read(tmp_path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    records = [
+        {"prompt": "Why?", "completion": "Because.", "source": "a"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hm?"}]}]},
+        {"question": "broken \ud800 text", "topic": "b"},
+    ]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    other = tmp_path / "other.txt"
+    other.write_text("a passage")
+    seeds = load_mixture([str(path), str(other)])
+    assert seeds == [
+        Seed("messages", messages=(("user", "Why?"), ("assistant", "Because."))),
+        Seed("messages", messages=(("user", "Hm?"),)),
+        Seed("prompt", text="broken \ufffd text"),
+        Seed("text", text="a passage"),
+    ]
+    assert [seed.source for seed in seeds] == ["a", str(path), "b", str(other)]
+    path.write_text('{"messages": ["hello"]}')
+    with pytest.raises(ValueError, match="turn is a str"):
+        load_seeds(str(path))

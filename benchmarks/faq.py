@@ -1,0 +1,365 @@
+"""What regenerated calibration data brings, at equal tokens and over three seeds.
+
+    python -m benchmarks.faq --families tests --arms raw,family --methods gptq_w3a16
+
+Every arm turns the same passages into N rows of L tokens; what differs is who wrote
+them and who chose. Each method quantises the target with each arm's rows. Measured on
+chats nobody calibrates on: the mean Kullback-Leibler divergence from the
+full-precision model, in nats per answer token, and the perplexity of the answers. The
+last column is how much smaller an arm's divergence is than that of the raw passages,
+``1 - KL / KL_raw``. Round-to-nearest reads no data, so it must not move.
+
+Results are appended to a file as they come; what is there is not measured again.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from datasets import Dataset
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from benchmarks.slider_settings import config_groups
+from llmc_faq_slider import SliderQuantModifier, oneshot
+from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
+from llmc_faq_slider.faq.options import FAQOptions
+from llmc_faq_slider.faq.packing import pack
+from llmc_faq_slider.faq.regenerate import regenerate
+from llmc_faq_slider.faq.rendering import Sample, encode, end_of_turn_id, prompt_text
+from llmc_faq_slider.faq.sampling import sample_batch
+from llmc_faq_slider.faq.seeds import Seed, shipped_seeds
+from llmc_faq_slider.faq.settings import Sampling
+from llmc_faq_slider.faq.store import Store
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
+#: selectors of the arms whose candidates a generator writes
+SELECTORS = ("expert_nll", "typical", "target_nll", "longest", "random")
+PASSAGE_WORDS = 120
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A target, its larger sibling if there is one here, and the sizes of its arms."""
+
+    name: str
+    target: str
+    sibling: str | None
+    rows: int
+    length: int
+    new_tokens: int
+    candidates: int
+    chats: int
+    methods: tuple[str, ...]
+    arms: tuple[str, ...]
+
+
+def families(smollm2: str) -> dict[str, Family]:
+    arms = ("raw", "raw_chat", "self", "family")
+    arms += tuple(f"family:{name}" for name in SELECTORS if name != "expert_nll")
+    tests = Family(
+        "tests",
+        str(TESTS / "models" / "small"),
+        str(TESTS / "models" / "large"),
+        *(32, 256, 96, 4, 48),
+        ("rtn_w3a16", "gptq_w4a16", "gptq_w3a16", "slider_w4a8"),
+        arms,
+    )
+    smol = Family(
+        "smollm2",
+        smollm2,
+        None,
+        *(16, 256, 128, 3, 12),
+        ("rtn_w3a16", "gptq_w3a16"),
+        ("raw", "raw_chat", "self", "self:random"),
+    )
+    return {family.name: family for family in (tests, smol)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantised model."""
+
+    family: str
+    arm: str
+    method: str
+    seed: int
+    divergence: float
+    perplexity: float
+    seconds: float
+
+
+def passages() -> list[Seed]:
+    """The first halves of the held-out texts, cut into passages."""
+    found = []
+    for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        words = text[: len(text) // 2].split(" ")
+        for start in range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS):
+            passage = " ".join(words[start : start + PASSAGE_WORDS])
+            found.append(Seed("text", text=passage, source=path.stem))
+    return found
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> Sample:
+    """A passage as a chat: its first third asks, the rest answers."""
+    words = text.split(" ")
+    third = len(words) // 3
+    asked = [{"role": "user", "content": " ".join(words[:third])}]
+    prompt = encode(tokenizer, prompt_text(tokenizer, asked, False))
+    answer = encode(tokenizer, " ".join(words[third:]))
+    end = end_of_turn_id(tokenizer)
+    answer = answer if end is None else [*answer, end]
+    mask = [0] * len(prompt) + [1] * len(answer)
+    return Sample([*prompt, *answer], mask)
+
+
+def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tensor:
+    """Rows of an arm, int32 [N, L]."""
+    tokenizer = AutoTokenizer.from_pretrained(family.target)
+    kind, _, selector = arm.partition(":")
+    if kind in ("raw", "raw_chat"):
+        samples = [
+            as_chat(tokenizer, passage.text)
+            if kind == "raw_chat"
+            else Sample(ids := tokenizer(passage.text)["input_ids"], [1] * len(ids))
+            for passage in passages()
+        ]
+        return pack(samples, family.rows, family.length, seed)[0]
+    generator = family.sibling if kind == "family" else "self"
+    if generator is None:
+        raise typer.BadParameter(f"{family.name} has no larger sibling here")
+    options = FAQOptions(
+        generator=generator,
+        selector=selector or "expert_nll",
+        num_candidates=family.candidates,
+        num_samples=family.rows,
+        sequence_length=family.length,
+        max_new_tokens=family.new_tokens,
+        min_response_tokens=16,
+        batch_size=24,
+        max_fallback_fraction=0.3,
+        cache_dir=str(folder),
+        seed=seed,
+    )
+    target = stored_target(family.target)
+    source = generator_source(options, target, private=False)
+    settings = options.settings(target.config, source)
+    judges = experts(options, target, source, private=False)
+    found = regenerate(passages(), tokenizer, source, settings, Store(folder), judges)
+    return found.input_ids
+
+
+def held_out(family: Family, model: PreTrainedModel) -> list[Sample]:
+    """Chats to measure on.
+
+    For the test family, which cannot converse, the second halves of the held-out texts
+    as chats; for a real model its own answers, drawn in full precision, to prompts that
+    are no seeds.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(family.target)
+    if family.sibling is not None:
+        texts = []
+        for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
+            text = path.read_text(encoding="utf-8")
+            words = text[len(text) // 2 :].split(" ")
+            cuts = range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS)
+            texts += [" ".join(words[i : i + PASSAGE_WORDS]) for i in cuts]
+        return [
+            as_chat(tokenizer, text) for text in texts[:: len(texts) // family.chats]
+        ]
+    asked = shipped_seeds()[:: 216 // family.chats][: family.chats]
+    prompts = [
+        encode(
+            tokenizer,
+            prompt_text(tokenizer, [{"role": "user", "content": s.text}], False),
+        )
+        for s in asked
+    ]
+    ends = {end_of_turn_id(tokenizer) or -1}
+    sampling = Sampling(0.7, 0.95, 0, family.new_tokens)
+    draws = sample_batch(
+        model, prompts, range(1000, 1000 + len(prompts)), sampling, ends
+    )
+    return [
+        Sample([*prompt, *draw.ids], [0] * len(prompt) + [1] * len(draw.ids))
+        for prompt, draw in zip(prompts, draws, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def answer_logprobs(model: PreTrainedModel, chats: list[Sample]) -> list[torch.Tensor]:
+    """Log-probabilities fp32 [answer tokens, vocabulary] of each chat."""
+    found = []
+    for chat in chats:
+        start = chat.loss_mask.index(1)
+        logits = model(input_ids=torch.tensor([chat.input_ids])).logits[0]
+        found.append(logits[start - 1 : -1].float().log_softmax(-1))
+    return found
+
+
+def measure(
+    full: list[torch.Tensor], model: PreTrainedModel, chats: list[Sample]
+) -> tuple[float, float]:
+    """Divergence KL(full || model) per answer token, and perplexity of the answers."""
+    divergence = loss = tokens = 0.0
+    for chat, exact in zip(chats, full, strict=True):
+        start = chat.loss_mask.index(1)
+        (ours,) = answer_logprobs(model, [chat])
+        divergence += float((exact.exp() * (exact - ours)).sum())
+        labels = torch.tensor(chat.input_ids[start:])[:, None]
+        loss -= float(ours.gather(1, labels).sum())
+        tokens += len(labels)
+    return divergence / tokens, math.exp(loss / tokens)
+
+
+def stage(method: str) -> Any:
+    """The quantising stage of a method such as ``gptq_w4a16``."""
+    name, scheme = method.split("_")
+    groups = config_groups(f"{scheme.upper()}_g64")
+    fields: dict[str, Any] = {"ignore": ["lm_head"], "config_groups": groups}
+    if name == "rtn":
+        return QuantizationModifier(**fields)
+    if name == "gptq":
+        return GPTQModifier(actorder="weight", **fields)
+    return SliderQuantModifier(batch_size=8, epochs=5, **fields)
+
+
+def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(family.target, dtype="auto")
+    data = Dataset.from_dict({"input_ids": rows.tolist()})
+    oneshot(
+        model=model,
+        recipe=stage(method),
+        dataset=data,
+        shuffle_calibration_samples=False,
+    )
+    return model.eval()
+
+
+def run(family: Family, arms: list[str], methods: list[str], output: Path) -> None:
+    """Measure what is not in the file yet."""
+    done = {(r.family, r.arm, r.method, r.seed) for r in read(output)}
+    full = AutoModelForCausalLM.from_pretrained(family.target, dtype="auto").eval()
+    chats = held_out(family, full)
+    exact = answer_logprobs(full, chats)
+    for seed in SEEDS:
+        for arm in arms:
+            missing = [m for m in methods if (family.name, arm, m, seed) not in done]
+            if not missing:
+                continue
+            began = time.perf_counter()
+            rows = calibration(family, arm, seed, output.parent / "faq-store")
+            print(f"{family.name} {arm} {seed}: {time.perf_counter() - began:.0f} s")
+            for method in missing:
+                began = time.perf_counter()
+                model = quantise(family, method, rows)
+                seconds = time.perf_counter() - began
+                divergence, perplexity = measure(exact, model, chats)
+                result = Result(
+                    family.name, arm, method, seed, divergence, perplexity, seconds
+                )
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+                print(
+                    f"  {method}: KL {divergence:.4f}, perplexity {perplexity:.2f}, "
+                    f"{seconds:.0f} s",
+                    flush=True,
+                )
+
+
+def quickstart_model() -> str:
+    """SmolLM2-135M-Instruct as `make quickstart` gets it, without a model hub."""
+    folder = CACHE / "models" / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        script = TESTS.parent / "scripts" / "smollm2.py"
+        subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return str(folder)
+
+
+def read(output: Path) -> list[Result]:
+    if not output.is_file():
+        return []
+    lines = output.read_text(encoding="utf-8").splitlines()
+    return [Result(**json.loads(line)) for line in lines]
+
+
+def table(results: list[Result]) -> Table:
+    """Mean and standard deviation over the seeds."""
+    shown = Table("model", "method", "data", "seeds", "KL", "perplexity", "1 - KL/raw")
+    for key in dict.fromkeys((r.family, r.method) for r in results):
+        here = [r for r in results if (r.family, r.method) == key]
+        raw = [r.divergence for r in here if r.arm == "raw"]
+        for arm in dict.fromkeys(r.arm for r in here):
+            own = [r for r in here if r.arm == arm]
+            reduction = ""
+            if raw:
+                reduction = f"{1 - mean(r.divergence for r in own) / mean(raw):+.1%}"
+            shown.add_row(
+                *key,
+                arm,
+                str(len(own)),
+                spread([r.divergence for r in own], 4),
+                spread([r.perplexity for r in own], 2),
+                reduction,
+            )
+    return shown
+
+
+def spread(values: list[float], digits: int) -> str:
+    sd = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):.{digits}f} ± {sd:.{digits}f}"
+
+
+def main(
+    names: Annotated[str, typer.Option("--families")] = "tests,smollm2",
+    arms: Annotated[str, typer.Option(help="default: those of the family")] = "",
+    methods: Annotated[str, typer.Option(help="default: those of the family")] = "",
+    smollm2: Annotated[
+        str, typer.Option(help="folder or hub id; default: the quickstart's")
+    ] = "",
+    output: Annotated[Path, typer.Option()] = CACHE / "bench-faq" / "results.jsonl",
+) -> None:
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    known = families(smollm2)
+    for name in names.split(","):
+        if name not in known:
+            raise typer.BadParameter(
+                f"no family {name!r}; there are {', '.join(known)}"
+            )
+        family = known[name]
+        if not family.target:
+            family = replace(family, target=quickstart_model())
+        wanted = arms.split(",") if arms else list(family.arms)
+        run(
+            family, wanted, methods.split(",") if methods else [*family.methods], output
+        )
+    Console().print(table(read(output)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,210 @@
+"""From options to what :func:`regenerate` is called with; nothing is loaded yet."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmc_faq_slider.faq.endpoint import check_privacy, is_url
+from llmc_faq_slider.faq.endpoint_generator import endpoint_source
+from llmc_faq_slider.faq.experts import (
+    ExpertSource,
+    endpoint_expert,
+    loaded_expert,
+    local_expert,
+)
+from llmc_faq_slider.faq.generators import (
+    GeneratorSource,
+    generation_config,
+    self_source,
+    sibling_source,
+)
+from llmc_faq_slider.faq.grading import Experts
+from llmc_faq_slider.faq.identity import model_fingerprint
+from llmc_faq_slider.faq.options import FAQOptions
+from llmc_faq_slider.faq.rendering import template_text
+from llmc_faq_slider.faq.seeds import Seed, load_mixture, load_seeds, shipped_seeds
+
+SHIPPED = "shipped"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model to be quantised.
+
+    :param name: folder or hub id, for messages
+    :param size: number of parameters
+    :param fingerprint: hash of the weights
+    :param open: context with the model in eval mode and in full precision
+    """
+
+    name: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    defaults: GenerationConfig
+    size: Callable[[], int]
+    fingerprint: Callable[[], str]
+    open: Callable[[], AbstractContextManager[PreTrainedModel]]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The target's tokenizer.
+
+    :raises ValueError: when there is none
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"FAQModifier needs the model's tokenizer and finds none at {name!r} "
+            f"({error}). Load the model from a folder or hub id that has one."
+        ) from error
+    if template_text(tokenizer) is None:
+        logger.warning(
+            f"FAQ: {name} has no chat template; seeds are continued as plain text"
+        )
+    return tokenizer
+
+
+def stored_target(name: str) -> Target:
+    """A model in a folder or on a hub, loaded when it is opened.
+
+    :raises ValueError: when it cannot be read
+    """
+    tokenizer = load_tokenizer(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be read: {error}") from error
+
+    def size() -> int:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+
+    @contextmanager
+    def opened() -> Iterator[PreTrainedModel]:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        yield model
+
+    return Target(
+        name=name,
+        config=config,
+        tokenizer=tokenizer,
+        defaults=generation_config(name),
+        size=size,
+        fingerprint=lambda: model_fingerprint(name),
+        open=opened,
+    )
+
+
+def read_seeds(options: FAQOptions) -> list[Seed]:
+    """The seeds the options name; the shipped ones if they name none."""
+    if options.seeds in (None, SHIPPED):
+        return shipped_seeds()
+    if isinstance(options.seeds, list):
+        return load_mixture(options.seeds, options.seeds_split)
+    return load_seeds(str(options.seeds), options.seeds_split)
+
+
+def read_evaluation(options: FAQOptions) -> list[Seed]:
+    """Texts the data must not repeat."""
+    return [s for source in options.evaluation_sets for s in load_seeds(source)]
+
+
+def generator_source(
+    options: FAQOptions, target: Target, private: bool
+) -> GeneratorSource:
+    """The generator the options name.
+
+    :param private: the seeds are the user's own
+    :raises ValueError: for a server the seeds may not be sent to
+    :raises FamilyError: when it is no larger sibling
+    :raises EndpointError: when a server cannot be used
+    """
+    if options.generator == "self":
+        return self_source(
+            target.open,
+            target.config,
+            target.tokenizer,
+            target.defaults,
+            target.fingerprint(),
+        )
+    if not is_url(options.generator):
+        return sibling_source(
+            options.generator,
+            target.config,
+            target.tokenizer,
+            target.size(),
+            options.allow_retokenize,
+        )
+    address = options.address(options.generator)
+    check_privacy(address, private, options.allow_remote)
+    return endpoint_source(
+        address,
+        target.tokenizer,
+        _servers(options),
+        options.generator_model,
+        options.generator_tokenizer,
+        options.allow_retokenize,
+        options.api,
+        options.concurrency,
+    )
+
+
+def experts(
+    options: FAQOptions, target: Target, source: GeneratorSource, private: bool
+) -> Experts:
+    """Those the selector may ask.
+
+    :raises ValueError: for an expert that cannot be used
+    :raises EndpointError: when a server cannot be reached
+    """
+    asked = options.selector in ("expert_nll", "typical", "expert_judge")
+    own = None
+    if options.selector == "target_nll" or options.oversample > 1:
+        own = _target_expert(target)
+    name = options.expert
+    is_generator = name == "generator" or (name == "target" == options.generator)
+    if not asked:
+        return Experts(None, is_generator, own)
+    if name == "generator":
+        name = options.generator
+    if name in ("self", "target"):
+        return Experts(_target_expert(target), is_generator, own)
+    if not is_url(name):
+        if is_generator and options.selector != "expert_judge":
+            # its scores came with its answers
+            return Experts(None, True, own)
+        judges = options.selector == "expert_judge"
+        found = local_expert(name, target.tokenizer, judges)
+        return Experts(found, is_generator, own)
+    address = options.address(name)
+    check_privacy(address, private, options.allow_remote)
+    model = options.generator_model if is_generator else options.expert_model
+    same = is_generator and source.shares_tokens
+    found = endpoint_expert(
+        address, target.tokenizer, _servers(options), model, same, options.concurrency
+    )
+    return Experts(found, is_generator, own)
+
+
+def _target_expert(target: Target) -> ExpertSource:
+    return loaded_expert(target.open, target.tokenizer, target.fingerprint())
+
+
+def _servers(options: FAQOptions) -> Path:
+    return Path(options.store_folder()).expanduser() / "servers"

@@ -1,0 +1,171 @@
+"""Gates that read what answers say, and the choice of samples."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmc_faq_slider.faq.choice import Pick, choose
+from llmc_faq_slider.faq.competition import Group
+from llmc_faq_slider.faq.content_gates import (
+    Evaluation,
+    Seen,
+    is_refusal,
+    language,
+    same_language,
+)
+from llmc_faq_slider.faq.coverage import by_coverage
+from llmc_faq_slider.faq.preparation import Task
+from llmc_faq_slider.faq.rendering import Sample, join
+from llmc_faq_slider.faq.seeds import Seed
+from llmc_faq_slider.faq.selection import Contender, ranked
+
+pytestmark = pytest.mark.unit
+
+TEXTS = {
+    "LATIN en": "The river runs through the valley and it is not known to the people "
+    "of the town how deep the water is at the bridge that was built for the mill.",
+    "LATIN de": "Der Fluss läuft durch das Tal und die Leute in der Stadt wissen nicht "
+    "wie tief das Wasser an der Brücke ist, die für die Mühle gebaut wurde.",
+    "LATIN fr": "La rivière coule dans la vallée et les gens de la ville ne savent pas "
+    "quelle est la profondeur de l'eau au pont qui fut construit pour le moulin.",
+    "LATIN es": "El río corre por el valle y la gente de la ciudad no sabe cómo es de "
+    "honda el agua en el puente que se hizo para el molino de los señores.",
+    "CJK": "河水穿过山谷流向远方的平原地区而镇上的人们并不知道桥下的水到底有多深因为"
+    "那座桥是很久以前为磨坊建造的没有人测量过",
+    "KANA": "川は谷を流れて遠くの平野へ向かい、町の人々は橋の下の水がどれほど深いのか"
+    "知りません。その橋は水車のために昔作られました。",
+    "CYRILLIC": "Река течёт через долину, и люди в городе не знают, насколько глубока "
+    "вода у моста, который был построен для мельницы.",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_languages_are_told_apart(name) -> None:
+    assert language(TEXTS[name]) == name
+    for other, text in TEXTS.items():
+        assert same_language(TEXTS[name], text) is (name == other)
+
+
+def test_unclear_texts_are_of_any_language() -> None:
+    assert language("Hm.") is None and language("1 + 1 = 2 " * 20) is None
+    assert same_language("Hm.", TEXTS["KANA"])
+    code = "def f(x):\n    return [y ** 2 for y in range(x) if y % 2]\n" * 3
+    assert same_language(TEXTS["LATIN en"], code)
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that request.", True),
+        ("As an AI, I have no opinion.", True),
+        ("<think>\nis it safe?\n</think>\n\nI cannot provide that.", True),
+        ("抱歉，我不能回答。", True),
+        ("The king said he was sorry.", False),
+        ("I can help you with that. I'm glad you asked.", False),
+        ("Here is a letter.\n\n" + "Dear Sir, " * 40 + "I'm sorry.", False),
+    ],
+)
+def test_refusals(text, refuses) -> None:
+    assert is_refusal(text) is refuses
+
+
+def test_overlap_is_a_run_of_thirteen_words() -> None:
+    words = [f"word{i}" for i in range(20)]
+    evaluation = Evaluation([" ".join(words)])
+    assert evaluation.overlaps("so: " + ", ".join(words[3:16]).upper())
+    assert not evaluation.overlaps(" ".join(words[3:15]))
+    assert not Evaluation([]).overlaps(" ".join(words))
+
+
+def test_near_duplicates_count_across_prompts_only() -> None:
+    seen = Seen(0.8)
+    ids = list(range(100))
+    seen.add("a", "first", ids)
+    close = [*ids[:98], 7, 8]
+    assert seen.failed("a", "other", close) is None
+    assert seen.failed("b", "other", close) == "near_duplicate"
+    assert seen.failed("b", " FIRST ", [1, 2, 3]) == "duplicate"
+    assert seen.failed("b", "other", [*ids[:60], *range(500, 540)]) is None
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=6, max_size=60),
+    st.lists(st.integers(0, 5), min_size=6, max_size=60),
+)
+def test_similarity_is_the_jaccard_index(first, second) -> None:
+    def runs(ids):
+        return {tuple(ids[i : i + 5]) for i in range(len(ids) - 4)}
+
+    shared = len(runs(first) & runs(second)) / len(runs(first) | runs(second))
+    seen = Seen(0.5)
+    seen.add("a", "x", first)
+    assert (seen.failed("b", "y", second) == "near_duplicate") is (shared > 0.5)
+
+
+def contender(index, score, truncated=False) -> Contender:
+    return Contender("p", index, 10, truncated, score)
+
+
+def test_typical_is_nearest_the_median() -> None:
+    group = [contender(i, s) for i, s in enumerate([-1.0, -2.1, -9.0, -2.0, -0.5])]
+    assert [c.index for c in ranked(group, "typical", 0)][0] == 3
+
+
+def test_judged_and_scored_by_the_target_take_the_highest() -> None:
+    group = [contender(0, 12.0), contender(1, 31.5), contender(2, 40.0, True)]
+    for selector in ("expert_judge", "target_nll"):
+        assert [c.index for c in ranked(group, selector, 0)] == [1, 0, 2]
+
+
+def pick(source, number, place=0, size=10) -> Pick:
+    seed = Seed("prompt", text=f"{source} {number}", source=source)
+    sample = Sample([number] * size, [1] * size)
+    return Pick(Group(Task(seed), []), 0, place, [sample], False, None, [])
+
+
+def shares(picks) -> Counter:
+    return Counter(p.group.task.seed.source for p in picks)
+
+
+def test_sources_keep_their_proportion_when_gates_hit_one_harder() -> None:
+    # 40 prompts of each source asked; b lost three quarters of its groups
+    queued = [[pick("a", i), pick("a", i, 1)] for i in range(40)]
+    queued += [[pick("b", i), pick("b", i, 1), pick("b", i, 2)] for i in range(10)]
+    chosen = choose(queued, Counter(a=40, b=40), 400)
+    assert shares(chosen) == Counter(a=20, b=20)
+    of_b = [p.place for p in chosen if p.group.task.seed.source == "b"]
+    assert of_b == [0] * 10 + [1] * 10
+
+
+def test_second_places_fill_what_short_winners_leave_open() -> None:
+    queued = [[pick("a", i, 0, 5), pick("a", i, 1, 20)] for i in range(10)]
+    chosen = choose(queued, Counter(a=10), 100)
+    assert [p.place for p in chosen] == [0] * 10 + [1] * 3
+    preferred = choose(queued, Counter(a=10), 20, preferred=[9, 3, 1, 0, *range(4, 9)])
+    assert [p.samples[0].input_ids[0] for p in preferred] == [9, 3, 1, 0]
+
+
+def test_turns_join_only_when_the_ids_go_on() -> None:
+    first = Sample([1, 2, 3], [0, 1, 1])
+    assert join(first, Sample([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])) == Sample(
+        [1, 2, 3, 4, 5], [0, 1, 1, 0, 1]
+    )
+    assert join(first, Sample([1, 2, 9, 4], [0, 0, 0, 1])) is None
+
+
+def test_coverage_takes_what_excites_other_channels_first() -> None:
+    profile = torch.tensor(
+        [
+            [9.0, 1.0, 0.0, 0.1],
+            [8.0, 1.0, 0.0, 0.1],
+            [0.1, 0.1, 5.0, 0.1],
+            [0.1, 0.1, 0.1, 2.0],
+        ]
+    )
+    assert by_coverage(profile, [10] * 4) == [0, 2, 3, 1]
+    # a long sample has to bring more
+    assert by_coverage(profile, [100, 10, 10, 10])[0] == 1
+    assert sorted(by_coverage(torch.zeros(5, 3), [1] * 5)) == list(range(5))
