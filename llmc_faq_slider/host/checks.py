@@ -24,6 +24,7 @@ __all__ = [
     "Conflict",
     "check_learning_stage",
     "check_other_stages",
+    "check_patterns",
     "check_turn",
     "outside_layers",
     "stage_conflicts",
@@ -69,7 +70,7 @@ def targeted_linears(
 
     :raises ValueError: if there are none; similar names are suggested
     """
-    _check_patterns(stage)
+    check_patterns(stage)
     selected: dict[str, nn.Module] = {
         name: module
         for name, module in match_named_modules(
@@ -98,7 +99,10 @@ def targeted_linears(
     )
 
 
-def _check_patterns(stage: QuantizationMixin) -> None:
+def check_patterns(stage: QuantizationMixin) -> None:
+    """
+    :raises ValueError: if a pattern of ``targets`` or ``ignore`` is none
+    """
     for pattern in [*sorted(stage.resolved_targets), *stage.ignore]:
         if pattern.startswith("re:"):
             try:

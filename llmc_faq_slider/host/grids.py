@@ -113,6 +113,8 @@ def needs_pack_quantized(scheme: QuantizationScheme) -> bool:
 def _describe(args: QuantizationArgs | None) -> str:
     if args is None:
         return "no weight quantisation"
+    kind, strategy = QuantizationType(args.type), QuantizationStrategy(args.strategy)
     return (
-        f"{args.type}{args.num_bits}, strategy {args.strategy}, dynamic {args.dynamic}"
+        f"{kind.value}{args.num_bits}, strategy {strategy.value}, "
+        f"dynamic {str(args.dynamic).lower()}"
     )

@@ -1,5 +1,6 @@
 """What of a recipe does not fit a model: names, sizes, fused linears, chat template."""
 
+import re
 from collections.abc import Iterator, Sequence
 from math import gcd
 
@@ -58,7 +59,7 @@ def check_model(
         yield from _indivisible(declared, linears)
     yield from _torn_apart(members, model)
     if any(isinstance(modifier, FAQModifier) for modifier in modifiers):
-        yield from _chat_template(name)
+        yield from _chat_template(name, model.config.get_text_config().vocab_size)
 
 
 def _members(
@@ -72,8 +73,8 @@ def _members(
         owner = {target: i for i, group in own for target in group.targets}
         try:
             matched = list(match_named_modules(model, owner, stage.ignore))
-        except ValueError:
-            continue  # a pattern that is none; check_model says so
+        except re.error:
+            continue  # lint_modifiers says so
         for name, module in matched:
             if isinstance(module, nn.Linear):
                 best = match_targets(name, module, owner)[0]
@@ -95,10 +96,10 @@ def _indivisible(declared: DeclaredGroup, linears: Members) -> Iterator[Finding]
     common = gcd(*(linear.in_features for linear in linears.values()))
     fitting = [str(n) for n in (128, 64, 32, 16) if common % n == 0]
     advice = (
-        f"All its inputs are divisible by {' and '.join(fitting)}; use group_size: "
-        f"{fitting[0]}."
+        f"Groups of {', '.join(fitting)} divide all of its inputs; set "
+        f"weights.group_size: {fitting[0]}."
         if fitting
-        else "Use strategy: channel."
+        else "Set weights.strategy: channel."
     )
     yield Finding(
         "error",
@@ -156,20 +157,21 @@ def _torn_apart(
         )
 
 
-def _chat_template(name: str) -> Iterator[Finding]:
+def _chat_template(name: str, vocabulary: int) -> Iterator[Finding]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # hub, network, files: one place, many kinds
-        detail = " ".join(str(error).split())[:160].rstrip(".")
+    except Exception:  # hub, network, files: one place, many kinds
+        tokenizer = None
+    # Without its files, transformers makes a tokenizer that knows no words.
+    if tokenizer is None or len(tokenizer) < vocabulary // 2:
         yield Finding(
             "error",
             "no-tokenizer",
             name,
-            f"FAQModifier needs the model's tokenizer and finds none at {name}: "
-            f"{detail}. Give a folder or hub id that has one.",
+            f"FAQModifier needs the model's tokenizer and finds none at {name}. Give a "
+            "folder or hub id that has one.",
         )
-        return
-    if template_text(tokenizer) is None:
+    elif template_text(tokenizer) is None:
         yield Finding(
             "warning",
             "no-chat-template",
@@ -187,15 +189,15 @@ def model_servings(
         experts = {n: m for n, m in linears.items() if ".experts." in n}
         plain = {n: m for n, m in linears.items() if n not in experts}
         for target in targets:
-            outcomes: dict[Serving, list[Layer]] = {}
+            outcomes: dict[tuple[Serving, bool], list[Layer]] = {}
             for layer in _fused_layers(plain):
-                serving = serve(declared.group, target, layer)
-                outcomes.setdefault(serving, []).append(layer)
+                key = (serve(declared.group, target, layer), False)
+                outcomes.setdefault(key, []).append(layer)
             for layer in _fused_layers(experts):
-                serving = serve_experts(declared.group, target, layer)
-                outcomes.setdefault(serving, []).append(layer)
-            for serving, layers in outcomes.items():
-                yield Served(declared, serving, tuple(layers))
+                key = (serve_experts(declared.group, target, layer), True)
+                outcomes.setdefault(key, []).append(layer)
+            for (serving, inside), layers in outcomes.items():
+                yield Served(declared, serving, tuple(layers), inside)
 
 
 def _fused_layers(linears: Members) -> list[Layer]:

@@ -5,12 +5,17 @@ Private upstream API: ``ModifierFactory``'s registries ``_main_registry``,
 """
 
 import copy
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from compressed_tensors import quantization
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from llmcompressor.modifiers import Modifier, ModifierFactory
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import ErrorDetails
 
 from llmc_faq_slider.host.findings import Finding, did_you_mean, shown
@@ -70,6 +75,9 @@ def build_modifier(entry: Entry) -> tuple[Modifier | None, list[Finding]]:
     except ValidationError as error:
         return None, _field_findings(entry, error)
     except Exception as error:  # validators raise what they like on wrong types
+        findings = _wrong_types(entry)
+        if findings:
+            return None, findings
         detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         sentence = (
             f"{entry.name} cannot be made of these arguments: {detail}. Check the "
@@ -114,6 +122,35 @@ def _unknown_scheme(entry: Entry) -> list[Finding]:
     ]
 
 
+def _wrong_types(entry: Entry) -> list[Finding]:
+    """Number formats with a value of the wrong type, on which validators stumble."""
+    findings = []
+    for place, arguments in _number_formats(entry.arguments):
+        for name, value in arguments.items():
+            if name not in QuantizationArgs.model_fields:
+                continue
+            kind: Any = QuantizationArgs.model_fields[name].annotation
+            try:
+                TypeAdapter(kind).validate_python(value)
+            except ValidationError as error:
+                findings.append(_finding(entry, (*place, name), error.errors()))
+            except PydanticSchemaGenerationError:
+                continue  # a torch dtype
+    return findings
+
+
+def _number_formats(
+    arguments: dict[str, Any],
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    groups = arguments.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        for part in ("weights", "input_activations", "output_activations"):
+            if isinstance(group, dict) and isinstance(group.get(part), dict):
+                yield ("config_groups", str(name), part), group[part]
+    if isinstance(arguments.get("kv_cache_scheme"), dict):
+        yield ("kv_cache_scheme",), arguments["kv_cache_scheme"]
+
+
 def _field_findings(entry: Entry, error: ValidationError) -> list[Finding]:
     """One finding per field; alternatives of a union become one sentence."""
     by_field: dict[tuple[Any, ...], list[ErrorDetails]] = {}
@@ -154,6 +191,14 @@ def _finding(
         return Finding("error", "missing-field", where, sentence)
     if all(detail["type"] in ("value_error", "assertion_error") for detail in details):
         reason = " ".join(_reason(first).split()).rstrip(".")
+        choice = re.fullmatch(r"'(.*)' is not a valid (\w+)", reason)
+        if choice and name:
+            sentence = (
+                f"{entry.name}'s {name} is {choice[1]!r}; it must be "
+                f"{_choices(choice[2])}.{did_you_mean(choice[1], _names(choice[2]))} "
+                "Correct it."
+            )
+            return Finding("error", "unknown-value", where, sentence)
         subject = f"{entry.name}'s {name}" if name else entry.name
         sentence = f"{subject} cannot be used: {reason}. Correct it."
         return Finding("error", "value", where, sentence)
@@ -166,6 +211,16 @@ def _finding(
         f"{' or '.join(expected)}. Correct it."
     )
     return Finding("error", code, where, sentence)
+
+
+def _names(enum: str) -> list[str]:
+    """Values of one of compressed-tensors' enums."""
+    kind = getattr(quantization, enum, None)
+    return [str(member.value) for member in kind] if kind is not None else []
+
+
+def _choices(enum: str) -> str:
+    return " or ".join(_names(enum)) or f"one of {enum}"
 
 
 def _reason(detail: ErrorDetails) -> str:
@@ -187,8 +242,6 @@ def _expectation(detail: ErrorDetails) -> str:
 
 
 def _similar_nested(name: str) -> str:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
     return did_you_mean(
         name, [*QuantizationArgs.model_fields, *QuantizationScheme.model_fields]
     )

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from llmc_faq_slider.faq.modifier import FAQModifier
-from llmc_faq_slider.host.checks import check_learning_stage, stage_conflicts
+from llmc_faq_slider.host.checks import (
+    check_learning_stage,
+    check_patterns,
+    stage_conflicts,
+)
 from llmc_faq_slider.host.declared import declared_groups
 from llmc_faq_slider.host.findings import Finding, errors, shown
 from llmc_faq_slider.host.recipe_fields import build_modifier, known_modifiers
@@ -103,9 +107,15 @@ def lint_modifiers(
 
     :param model: shows which layers the stages' targets match
     """
+    broken = False
     for modifier in modifiers:
         yield from _alone(modifier)
+        for finding in _patterns(modifier):
+            broken = True
+            yield finding
     yield from _together(modifiers)
+    if broken:
+        return
     for conflict in stage_conflicts(modifiers, model):
         where = " and ".join(type(stage).__name__ for stage in conflict.stages)
         yield Finding("error", conflict.code, where, conflict.message)
@@ -129,6 +139,14 @@ def _alone(modifier: Modifier) -> Iterator[Finding]:
         )
     if isinstance(modifier, FAQModifier):
         yield from _faq_paths(modifier)
+
+
+def _patterns(modifier: Modifier) -> Iterator[Finding]:
+    if isinstance(modifier, QuantizationMixin):
+        try:
+            check_patterns(modifier)
+        except ValueError as error:
+            yield Finding("error", "pattern", type(modifier).__name__, str(error))
 
 
 def _own_target(modifier: SliderQuantModifier) -> list[Finding]:

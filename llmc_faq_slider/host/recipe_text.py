@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from llmc_faq_slider.host.findings import Finding, did_you_mean, shown
+from llmc_faq_slider.host.findings import Finding, did_you_mean, errors, shown
 
 __all__ = ["Entry", "read_entries", "read_recipe"]
 
@@ -188,7 +188,7 @@ def read_entries(
         else:
             for found in _groups(key, value, known):
                 (entries if isinstance(found, Entry) else findings).append(found)  # type: ignore[arg-type]
-    if not entries and not findings:
+    if not entries and not errors(findings):
         sentence = (
             "The recipe has no modifier, so nothing would be quantised. Write "
             "quant_stage > quant_modifiers > SliderQuantModifier."
@@ -265,7 +265,7 @@ def _groups(
                 "error",
                 "empty-group",
                 where,
-                f"{where} is {shown(value) if value != {} else 'empty'}, and "
+                f"The group {where} is {shown(value) if value != {} else 'empty'}, and "
                 "llm-compressor skips it silently. Put modifiers under it as a "
                 "mapping: SliderQuantModifier: {scheme: W4A16}.",
             )

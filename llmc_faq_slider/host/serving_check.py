@@ -19,17 +19,24 @@ from llmc_faq_slider.report.serving import (
     input_precision,
     known_targets,
     serve,
+    serve_experts,
 )
 
 __all__ = ["Served", "check_serving", "remedy", "serving_findings", "servings"]
 
 
 class Served(NamedTuple):
-    """What becomes of a config group on one target, and of which of its layers."""
+    """
+    What becomes of a config group on one target, and of which of its layers.
+
+    :param layers: the layers that this holds for, empty without a model
+    :param experts: they are inside a mixture of experts
+    """
 
     declared: DeclaredGroup
     serving: Serving
     layers: tuple[Layer, ...] = ()
+    experts: bool = False
 
 
 class Edit(NamedTuple):
@@ -39,33 +46,40 @@ class Edit(NamedTuple):
     fields: Mapping[str, Any]
 
 
+def _set(path: str, value: Any) -> Edit:
+    part, _, field = path.rpartition(".")
+    name = f"input_activations.{field}" if part == "inputs" else path
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return Edit(f"set {name}: {shown}", {path: value})
+
+
 EDITS = (
-    Edit("format: pack-quantized", {"format": "pack-quantized"}),
-    Edit("format: int-quantized", {"format": "int-quantized"}),
-    Edit("symmetric: true for the weights", {"weights.symmetric": True}),
+    _set("format", "pack-quantized"),
+    _set("format", "int-quantized"),
+    _set("weights.symmetric", True),
     *(
         Edit(
-            f"group_size: {size} for the weights",
+            f"set weights.group_size: {size}",
             {"weights.strategy": "group", "weights.group_size": size},
         )
         for size in (128, 64, 32)
     ),
     Edit(
-        "strategy: channel for the weights",
+        "set weights.strategy: channel",
         {"weights.strategy": "channel", "weights.group_size": None},
     ),
     Edit(
-        "strategy: token and dynamic: true for the inputs",
+        "set input_activations.strategy: token and dynamic: true",
         {"inputs.strategy": "token", "inputs.dynamic": True},
     ),
-    Edit("symmetric: true for the inputs", {"inputs.symmetric": True}),
-    Edit("symmetric: false for the inputs", {"inputs.symmetric": False}),
-    Edit("type: float for the inputs", {"inputs.type": "float"}),
-    Edit("type: int for the inputs", {"inputs.type": "int"}),
-    Edit("num_bits: 8 for the inputs", {"inputs.num_bits": 8}),
-    Edit("no input_activations", {"inputs": None}),
-    Edit("num_bits: 4 for the weights", {"weights.num_bits": 4}),
-    Edit("num_bits: 8 for the weights", {"weights.num_bits": 8}),
+    _set("inputs.symmetric", True),
+    _set("inputs.symmetric", False),
+    _set("inputs.type", "float"),
+    _set("inputs.type", "int"),
+    _set("inputs.num_bits", 8),
+    Edit("leave input_activations out", {"inputs": None}),
+    _set("weights.num_bits", 4),
+    _set("weights.num_bits", 8),
 )
 
 
@@ -79,20 +93,15 @@ def servings(
             yield Served(declared, serve(declared.group, target))
 
 
-def remedy(
-    group: Mapping[str, Any],
-    target: Target,
-    layers: Iterable[Layer] = (),
-    keep_inputs: bool = False,
-) -> str | None:
+def remedy(one: Served, keep_inputs: bool = False) -> str | None:
     """
-    The smallest change to a group with which ``target`` serves it as declared.
+    The smallest change to a group with which its target serves it as declared.
 
-    :param layers: sizes that have to fit
     :param keep_inputs: leave quantised inputs quantised
     """
-    sizes = list(layers)
-    looked_at: list[Layer | None] = [*sizes] or [None]
+    group, target = one.declared.group, one.serving.target
+    look = serve_experts if one.experts else serve
+    looked_at: list[Layer | None] = [*one.layers] or [None]
     edits = [edit for edit in EDITS if not (keep_inputs and "inputs" in edit.fields)]
     changes = [(edit, _edited(group, edit)) for edit in edits]
     singles = [(edit.text, new) for edit, new in changes if new is not None]
@@ -105,9 +114,8 @@ def remedy(
     ]
     for text, changed in [*singles, *pairs]:
         if all(
-            serve(changed, target, layer).verdict == "as declared"
-            for layer in looked_at
-        ) and _divides(changed, sizes):
+            look(changed, target, layer).verdict == "as declared" for layer in looked_at
+        ) and _divides(changed, one.layers):
             return text
     return None
 
@@ -149,9 +157,9 @@ def serving_findings(
 def _group_findings(group: list[Served], asked: Target | None) -> Iterator[Finding]:
     declared = group[0].declared
     label = declared.label
-    names = {one.serving.target.name for one in group}
+    names = list(dict.fromkeys(one.serving.target.name for one in group))
     unserved = [one for one in group if one.serving.verdict == "not served"]
-    lost = {one.serving.target.name for one in unserved}
+    lost = list(dict.fromkeys(one.serving.target.name for one in unserved))
     if asked is not None or lost == names:
         for why, some in _by_reason(unserved).items():
             yield Finding("error", "not-served", label, _unserved_sentence(why, some))
@@ -161,7 +169,7 @@ def _group_findings(group: list[Served], asked: Target | None) -> Iterator[Findi
             "not-served-somewhere",
             label,
             f"{label} ({describe(declared.group)}) is not served on "
-            f"{', '.join(sorted(lost))}; --target shows why and what to change.",
+            f"{', '.join(lost)}; --target shows why and what to change.",
         )
     for verdict, code in (("needs a flag", "needs-flag"), ("otherwise", "otherwise")):
         some = [one for one in group if one.serving.verdict == verdict]
@@ -189,10 +197,11 @@ def _by_reason(unserved: list[Served]) -> dict[str, list[Served]]:
 def _unserved_sentence(why: str, group: list[Served]) -> str:
     declared = group[0].declared
     targets = ", ".join(dict.fromkeys(one.serving.target.name for one in group))
-    sizes = [layer for one in group for layer in one.layers]
-    change = remedy(declared.group, group[0].serving.target, sizes)
-    advice = f" Use {change}." if change else " Use another scheme, such as W4A16."
-    return f"{declared.label} is not served on {targets}: {why}{advice}"
+    change = remedy(group[0])
+    layers = ", ".join(layer.name for layer in group[0].layers)
+    targets += f" ({layers})" if layers else ""
+    advice = f"To have it served, {change}." if change else "Use another scheme."
+    return f"{declared.label} is not served on {targets}: {why} {advice}"
 
 
 def _alike(group: list[Served]) -> Iterator[list[Served]]:
@@ -222,12 +231,12 @@ def _otherwise_sentence(alike: list[Served]) -> str:
 
 def _advice(one: Served) -> str:
     """What to do about a group that is served, but not as declared."""
-    group, serving = one.declared.group, one.serving
+    serving = one.serving
     if serving.flag:
         return f"Serve with {serving.flag} for what is declared."
-    change = remedy(group, serving.target, one.layers, keep_inputs=True)
+    change = remedy(one, keep_inputs=True)
     if change:
-        return f"Use {change} for quantised inputs."
+        return f"For quantised inputs, {change}."
     if serving.computes == "16 bit":
         return "Without input_activations the recipe says what is computed."
     return ""

@@ -1,15 +1,15 @@
 """A model's modules without weights, to look at names and sizes.
 
-Private upstream API: ``llmcompressor.modeling.moe.linearize.linearize_moe``, by which
-oneshot makes linears of a mixture of experts.
+Private upstream API, by which oneshot makes linears of a mixture of experts:
+``llmcompressor.modeling.moe.linearize.get_non_linearized_moes`` and
+``llmcompressor.modeling.moe.linear_experts.LinearExperts2D``.
 """
 
-import contextlib
-import io
 from pathlib import Path
 
 import torch
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, linearize_moe
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -49,14 +49,13 @@ def load_skeleton(name: str) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a config may name anything
-        detail = " ".join(str(error).split())[:200].rstrip(".")
         raise ValueError(
-            f"No causal language model can be made of {name}'s config.json: {detail}. "
-            "llm-compressor's stages here work on models that AutoModelForCausalLM "
-            "loads."
+            f"No causal language model can be made of {name}'s config.json, whose "
+            f"model_type is {config.model_type!r}. Give a model that "
+            "AutoModelForCausalLM loads."
         ) from error
-    if get_non_linearized_moes(model):
-        # It draws a progress bar.
-        with contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
-            linearize_moe(model)
+    for path, experts in get_non_linearized_moes(model):
+        kind = LinearExperts2D.get_linear_experts_cls(experts.__class__)
+        with torch.device("meta"):
+            model.set_submodule(path, kind(getattr(experts, "config", config)))
     return model

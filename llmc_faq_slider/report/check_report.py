@@ -12,6 +12,7 @@ from rich.text import Text
 from llmc_faq_slider.host.declared import declared_groups
 from llmc_faq_slider.host.findings import Finding, errors
 from llmc_faq_slider.host.model_check import check_model, model_servings
+from llmc_faq_slider.host.other_formats import other_findings
 from llmc_faq_slider.host.recipe_lint import lint_modifiers, lint_recipe
 from llmc_faq_slider.host.serving_check import Served, serving_findings, servings
 from llmc_faq_slider.host.skeleton import load_skeleton
@@ -52,6 +53,7 @@ def check_recipe(
             findings += lint_modifiers(modifiers, skeleton)
             served = list(model_servings(modifiers, skeleton, targets))
     findings += serving_findings(served, asked)
+    findings += other_findings(modifiers, asked)
     return list(dict.fromkeys(findings)), served
 
 

@@ -137,7 +137,7 @@ def serve(group: Group, target: Target, layer: Layer | None = None) -> Serving:
         None,
     )
     if scheme is None:
-        why = f"vLLM has no scheme for {describe(group)} on {target.hardware}."
+        why = f"vLLM has no scheme for {describe(group)} there."
         return Serving(target, "not served", why=why)
     name = scheme["scheme"]
     if name == "outside":
@@ -156,8 +156,7 @@ def serve(group: Group, target: Target, layer: Layer | None = None) -> Serving:
             reasons.append(f"{row['kernel']}: {reason}")
     if not usable:
         detail = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
-        where = f" for {layer.name}" if layer else ""
-        why = f"vLLM has no kernel of {name} on {target.hardware}{where}{detail}."
+        why = f"vLLM has no kernel of {name} there{detail}."
         return Serving(target, "not served", name, why=why)
     return _verdict(group, target, scheme, list(usable.values()))
 
@@ -215,7 +214,7 @@ def serve_experts(group: Group, target: Target, layer: Layer | None = None) -> S
         return replace(
             found, verdict="as declared" if exact else "otherwise", computes=computes
         )
-    why = f"vLLM has no method for experts with {describe(group)} on {target.hardware}."
+    why = f"vLLM has no method for experts with {describe(group)} there."
     return Serving(target, "not served", why=why)
 
 
@@ -318,8 +317,7 @@ def _misfit(row: Mapping[str, Any], layer: Layer | None) -> str | None:
     for side, multiple in row.get("multiples", {}).items():
         if sizes[side] % multiple:
             return (
-                f"{side[:-1]} size of {layer.name} is {sizes[side]}, it takes "
-                f"multiples of {multiple}"
+                f"{side[:-1]} size is {sizes[side]}, it takes multiples of {multiple}"
             )
     return None
 
