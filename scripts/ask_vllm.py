@@ -3,9 +3,10 @@
 Runs with the Python of the serving environment; tests/e2e/test_serving_table.py starts
 it and compares the answers with the package's table. Reads from standard input
 
-    {"layer": [inputs, outputs], "questions": [
+    {"questions": [
         {"target": {"name", "platform", "capability", "amx"},
-         "group": {"weights", "inputs", "outputs", "format"}, "backend": "auto"}]}
+         "group": {"weights", "inputs", "outputs", "format"},
+         "layer": [inputs, outputs], "backend": "auto"}]}
 
 and writes one answer per question as JSON; ``backend`` is vLLM's --linear-backend. For
 a CUDA target vLLM is told that it runs on a GPU of that capability and that Humming,
@@ -296,7 +297,7 @@ def main() -> None:
             config.kernel_config.linear_backend = question["backend"]
             with on(question["target"]):
                 answers.append(
-                    ask(question["group"], question["target"], asked["layer"])
+                    ask(question["group"], question["target"], question["layer"])
                 )
     print(json.dumps({"vllm": vllm.__version__, "answers": answers}))
 
