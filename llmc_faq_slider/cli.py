@@ -156,5 +156,32 @@ def regenerate(
             raise typer.Exit(1) from error
 
 
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="recipe file")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="hub id or folder; only its config.json is read"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="cpu, cpu-amx, sm90, ...; default: all that are known"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """
+    Say what is wrong with a recipe, and which vLLM kernel takes its checkpoint.
+
+    Exits with 1 if the recipe would not run, or is not served on the target.
+    """
+    from llmc_faq_slider.host.quiet import quiet_run
+    from llmc_faq_slider.report import check_report as report
+
+    with one_sentence(), quiet_run():
+        findings, served = report.check_recipe(recipe, model, target)
+    report.print_check(findings, served, as_json, console)
+    raise typer.Exit(1 if report.errors(findings) else 0)
+
+
 if __name__ == "__main__":
     app()

@@ -51,5 +51,13 @@ info.mkdir(exist_ok=True)
 (info / "RECORD").write_text(f"{info.name}/METADATA,,\n")
 PY
 
+# A part of vLLM's CUDA build: tests ask it what it computes on GPUs. It stays apart,
+# because vLLM would take notice of it.
+humming=$(sed -n 's/^humming = \["\([^"]*\)".*/\1/p' pyproject.toml)
+if [ "$(uname -m)" = x86_64 ]; then
+    "${pip[@]}" --no-deps --upgrade --target "$env/humming" \
+        "$humming" cuda-bindings cuda-pathfinder tabulate
+fi
+
 VLLM_NO_USAGE_STATS=1 "$env/bin/vllm" --version
 touch "$env/.ready"

@@ -5,16 +5,61 @@ modifiers; in the default pipeline only the running one while it runs).
 """
 
 import difflib
+import re
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from torch import nn
 
-__all__ = ["check_other_stages", "check_turn", "targeted_linears"]
+from llmc_faq_slider.host.grids import check_learnable
+from llmc_faq_slider.slider.windows import window_schedule
+
+__all__ = [
+    "Conflict",
+    "check_learning_stage",
+    "check_other_stages",
+    "check_patterns",
+    "check_turn",
+    "outside_layers",
+    "stage_conflicts",
+    "targeted_linears",
+]
 
 SMOOTHING_STAGES = ("SmoothQuantModifier", "AWQModifier", "SpinQuantModifier")
+
+
+class Conflict(NamedTuple):
+    """Stages that do not go together, in recipe order, and why."""
+
+    code: str
+    stages: tuple[Modifier, Modifier]
+    message: str
+
+
+def check_learning_stage(
+    stage: QuantizationMixin, window_size: int, window_stride: int
+) -> None:
+    """
+    Check what a SliderQuant stage says by itself.
+
+    :raises ValueError: for windows that leave layers out, and for number formats that
+        are missing or cannot be learned
+    """
+    if not stage.has_config():
+        raise ValueError(
+            "SliderQuantModifier has no number format. Set scheme (such as W4A16) "
+            "or config_groups."
+        )
+    window_schedule(1, window_size=window_size, window_stride=window_stride)
+    for scheme in stage.resolved_config.config_groups.values():
+        assert isinstance(scheme, QuantizationScheme)
+        check_learnable(scheme)
 
 
 def targeted_linears(
@@ -25,6 +70,7 @@ def targeted_linears(
 
     :raises ValueError: if there are none; similar names are suggested
     """
+    check_patterns(stage)
     selected: dict[str, nn.Module] = {
         name: module
         for name, module in match_named_modules(
@@ -53,6 +99,32 @@ def targeted_linears(
     )
 
 
+def check_patterns(stage: QuantizationMixin) -> None:
+    """
+    :raises ValueError: if a pattern of ``targets`` or ``ignore`` is none
+    """
+    for pattern in [*sorted(stage.resolved_targets), *stage.ignore]:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(
+                    f"The pattern {pattern!r} is no regular expression: {error}. Write "
+                    'it as in "re:.*self_attn.*".'
+                ) from error
+
+
+def outside_layers(outside: Sequence[str]) -> str | None:
+    """A sentence on targeted linears that lie outside the decoder layers, if any."""
+    if not outside:
+        return None
+    return (
+        "SliderQuant quantises linears inside the decoder layers; the targets "
+        f"also match {', '.join(outside)}. Add "
+        f"{'it' if len(outside) == 1 else 'them'} to ignore."
+    )
+
+
 def check_other_stages(model: nn.Module, stage: Modifier) -> None:
     """
     Check the recipe around ``stage``.
@@ -61,43 +133,91 @@ def check_other_stages(model: nn.Module, stage: Modifier) -> None:
         moves outliers between layers comes after this one
     """
     modifiers = active_session().lifecycle.recipe.modifiers
-    position = next((i for i, m in enumerate(modifiers) if m is stage), None)
-    if position is None:
-        return
     assert isinstance(stage, QuantizationMixin)
-    ours = set(targeted_linears(model, stage))
-    for other in modifiers:
-        if other is stage or not isinstance(other, QuantizationMixin):
-            continue
-        if not other.has_config():
-            continue
-        shared = ours & {
-            name
-            for name, _ in match_named_modules(
-                model, other.resolved_targets, other.ignore
+    targeted_linears(model, stage)
+    for conflict in stage_conflicts(modifiers, model):
+        if any(one is stage for one in conflict.stages):
+            raise ValueError(conflict.message)
+
+
+def stage_conflicts(
+    modifiers: Sequence[Modifier], model: nn.Module | None = None
+) -> Iterator[Conflict]:
+    """
+    Pairs of stages of which one would undo the other, or that cannot be told apart.
+
+    :param model: shows which layers targets match; without it only targets that are
+        the same text are known to overlap
+    """
+    position = {id(modifier): i for i, modifier in enumerate(modifiers)}
+    quantising = [
+        m for m in modifiers if isinstance(m, QuantizationMixin) and _weight_targets(m)
+    ]
+    for earlier, later in combinations(quantising, 2):
+        names = f"{type(earlier).__name__} and {type(later).__name__}"
+        common = _common_layers(earlier, later, model)
+        same = _weight_targets(earlier) & _weight_targets(later)
+        if common or (model is None and same and earlier.ignore == later.ignore):
+            which = (
+                f"{len(common)} layers, the first is {min(common)}"
+                if common
+                else ", ".join(sorted(same))
             )
-        }
-        if shared:
-            raise ValueError(
-                f"{type(stage).__name__} and {type(other).__name__} both target "
-                f"{len(shared)} layers, the first is {min(shared)}. The later stage "
+            yield Conflict(
+                "overlap",
+                (earlier, later),
+                f"{names} both target {which}. The later stage "
                 "would overwrite the earlier one. Give the stages targets that do "
-                'not overlap, such as "re:.*self_attn.*" and "re:.*mlp.*".'
+                'not overlap, such as "re:.*self_attn.*" and "re:.*mlp.*".',
             )
-        if stage.ignore and other.ignore and stage.targets == other.targets:
-            raise ValueError(
-                f"{type(stage).__name__} and {type(other).__name__} have the same "
-                f"targets {stage.targets} and differ in ignore only. The saved "
+        elif same:
+            yield Conflict(
+                "complementary-ignore",
+                (earlier, later),
+                f"{names} have the same "
+                f"targets {sorted(same)} and differ in ignore only. The saved "
                 "checkpoint cannot tell them apart and would reload wrong. Give the "
                 'stages different targets, such as "re:.*self_attn.*" and '
-                '"re:.*mlp.*".'
+                '"re:.*mlp.*".',
             )
-    for later in modifiers[position + 1 :]:
-        if type(later).__name__ in SMOOTHING_STAGES:
-            raise ValueError(
-                f"{type(later).__name__} stands after {type(stage).__name__} and "
-                "would change weights that are already quantised. Put it before."
+    for earlier in quantising:
+        for later in modifiers[position[id(earlier)] + 1 :]:
+            if type(later).__name__ in SMOOTHING_STAGES:
+                yield Conflict(
+                    "smoothing-late",
+                    (earlier, later),
+                    f"{type(later).__name__} stands after {type(earlier).__name__} and "
+                    "would change weights that are already quantised. Put it before.",
+                )
+
+
+def _weight_targets(stage: QuantizationMixin) -> set[str]:
+    """Targets of the groups that quantise weights."""
+    if not stage.has_config():
+        return set()
+    return {
+        target
+        for scheme in stage.resolved_config.config_groups.values()
+        if scheme.weights is not None
+        for target in scheme.targets
+    }
+
+
+def _common_layers(
+    one: QuantizationMixin, other: QuantizationMixin, model: nn.Module | None
+) -> set[str]:
+    if model is None:
+        return set()
+    first, second = (
+        {
+            name
+            for name, _ in match_named_modules(
+                model, _weight_targets(stage), stage.ignore
             )
+        }
+        for stage in (one, other)
+    )
+    return first & second
 
 
 def check_turn(stage: Modifier) -> None:

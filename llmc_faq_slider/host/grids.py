@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.student import LinearGrids
 
-__all__ = ["linear_grids", "needs_pack_quantized"]
+__all__ = ["check_learnable", "linear_grids", "needs_pack_quantized"]
 
 
-def linear_grids(module: nn.Module) -> LinearGrids:
+def check_learnable(scheme: QuantizationScheme) -> None:
     """
-    Number formats of a linear to which a scheme is attached.
-
     :raises ValueError: if SliderQuant cannot learn the scheme
     """
-    scheme: QuantizationScheme = module.quantization_scheme
     weights, inputs = scheme.weights, scheme.input_activations
     if (
         weights is None
@@ -39,9 +36,30 @@ def linear_grids(module: nn.Module) -> LinearGrids:
             "SliderQuant does not quantise output activations; the recipe asks for "
             f"{_describe(scheme.output_activations)}. Leave output_activations out."
         )
+    if inputs is not None and (
+        inputs.strategy != QuantizationStrategy.TOKEN
+        or inputs.dynamic is not True
+        or inputs.num_bits not in ((8,) if _is_float(inputs) else (4, 8))
+    ):
+        raise ValueError(
+            "SliderQuant learns with dynamic per-token inputs in int4, int8 or fp8; "
+            f"the recipe asks for {_describe(inputs)}. Set strategy: token and "
+            "dynamic: true."
+        )
+
+
+def linear_grids(module: nn.Module) -> LinearGrids:
+    """
+    Number formats of a linear to which a scheme is attached.
+
+    :raises ValueError: if SliderQuant cannot learn the scheme
+    """
+    scheme: QuantizationScheme = module.quantization_scheme
+    check_learnable(scheme)
+    weights, inputs = scheme.weights, scheme.input_activations
+    assert weights is not None
     stored_scale = module.weight_scale
     assert isinstance(stored_scale, Tensor)
-    activation_grid = None if inputs is None else _activation_grid(inputs)
     group_size = (
         weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
     )
@@ -52,22 +70,16 @@ def linear_grids(module: nn.Module) -> LinearGrids:
         scale_dtype=stored_scale.dtype,
         fp8_scales=_is_w4afp8(scheme),
     )
-    return LinearGrids(weight_grid, activation_grid)
+    if inputs is None:
+        return LinearGrids(weight_grid, None)
+    return LinearGrids(
+        weight_grid,
+        ActivationGrid(inputs.num_bits, inputs.symmetric, _is_float(inputs)),
+    )
 
 
-def _activation_grid(inputs: QuantizationArgs) -> ActivationGrid:
-    is_float = inputs.type == QuantizationType.FLOAT
-    if (
-        inputs.strategy != QuantizationStrategy.TOKEN
-        or inputs.dynamic is not True
-        or inputs.num_bits not in ((8,) if is_float else (4, 8))
-    ):
-        raise ValueError(
-            "SliderQuant learns with dynamic per-token inputs in int4, int8 or fp8; "
-            f"the recipe asks for {_describe(inputs)}. Set strategy: token and "
-            "dynamic: true."
-        )
-    return ActivationGrid(inputs.num_bits, inputs.symmetric, is_float)
+def _is_float(inputs: QuantizationArgs) -> bool:
+    return inputs.type == QuantizationType.FLOAT
 
 
 def _is_w4afp8(scheme: QuantizationScheme) -> bool:
@@ -101,6 +113,8 @@ def needs_pack_quantized(scheme: QuantizationScheme) -> bool:
 def _describe(args: QuantizationArgs | None) -> str:
     if args is None:
         return "no weight quantisation"
+    kind, strategy = QuantizationType(args.type), QuantizationStrategy(args.strategy)
     return (
-        f"{args.type}{args.num_bits}, strategy {args.strategy}, dynamic {args.dynamic}"
+        f"{kind.value}{args.num_bits}, strategy {strategy.value}, "
+        f"dynamic {str(args.dynamic).lower()}"
     )

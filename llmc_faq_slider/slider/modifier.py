@@ -14,8 +14,10 @@ from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_faq_slider.host.checks import (
+    check_learning_stage,
     check_other_stages,
     check_turn,
+    outside_layers,
     targeted_linears,
 )
 from llmc_faq_slider.host.commit import commit_layer
@@ -27,6 +29,7 @@ from llmc_faq_slider.host.decoder import (
 from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
 from llmc_faq_slider.host.postconditions import check_committed, check_losses
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
+from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.learner import (
@@ -129,6 +132,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param compute_dtype: dtype of the student's matrix products; learned tensors, loss
         and rounding are always fp32
     :param seed: seeds the low-rank starts and the order of rows
+    :param target: hardware that vLLM has to serve the checkpoint on, such as sm90 or
+        cpu; the run stops at once if it has no kernel there. None: a warning if no
+        known hardware serves a config group as declared
     """
 
     shallow_layers: Literal["auto"] | NonNegativeInt = 4
@@ -151,6 +157,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     channel_scale_lr: float = Field(default=3e-3, ge=0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+    target: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -178,14 +185,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         return config
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        if not self.has_config():
-            raise ValueError(
-                "SliderQuantModifier has no number format. Set scheme (such as W4A16) "
-                "or config_groups."
-            )
-        window_schedule(
-            1, window_size=self.window_size, window_stride=self.window_stride
-        )
+        check_learning_stage(self, self.window_size, self.window_stride)
+        check_serving(self, self.target)
         check_other_stages(state.model, self)
         self._sequential_targets = kwargs.get("sequential_targets")
         self.initialize_quantization(state.model)
@@ -290,11 +291,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         layers = decoder_layers(model, self._sequential_targets)
         inside, outside = split_targets(layers, targeted_linears(model, self))
         if outside:
-            raise ValueError(
-                "SliderQuant quantises linears inside the decoder layers; the targets "
-                f"also match {', '.join(outside)}. Add "
-                f"{'it' if len(outside) == 1 else 'them'} to ignore."
-            )
+            raise ValueError(outside_layers(outside))
         return {
             index: {name: linear_grids(module) for name, module in modules.items()}
             for index, modules in inside.items()

@@ -35,6 +35,8 @@ def refused(small_model, recipe, message, **arguments):
         ({"scheme": None}, "has no number format"),
         ({"scheme": "FP8_DYNAMIC"}, "learns integer weights of 2 to 8 bits"),
         ({"window_stride": 3}, "window_stride must lie between 1"),
+        ({"scheme": "W4AFP8", "target": "sm80"}, "not served on sm80"),
+        ({"target": "h100"}, "target 'h100' is not known"),
     ],
 )
 def test_stage_by_itself(fields, message, small_model):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
@@ -60,10 +61,30 @@ def test_import_registers_both_stages_in_a_fresh_process():
     assert "FAQModifier(" in printed and "SliderQuantModifier(" in printed
 
 
-def test_oneshot_is_llm_compressors_own():
+def test_oneshot_takes_what_llm_compressors_takes():
     from llmcompressor import oneshot
 
-    assert llmc_faq_slider.oneshot is oneshot
+    assert inspect.signature(llmc_faq_slider.oneshot) == inspect.signature(oneshot)
+    assert llmc_faq_slider.oneshot.__wrapped__ is oneshot
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "stages:\n  - quant_stage\n"}, "key of its own"),
+        ({"recipe": "recipes/slider_w4a16.yml"}, "Did you mean .*slider_w4a16.yaml"),
+        ({"recipe": ["recipes/slider_w4a16.yaml"]}, "no list of files"),
+        ({"recipe": "recipes/slider_w4a16.yaml", "stage": "faq"}, "No stage"),
+        (
+            {"recipe": [GPTQModifier(targets=["re:.*mlp.*"], scheme="W4A16")]},
+            "GPTQModifier needs calibration data",
+        ),
+    ],
+)
+def test_oneshot_refuses_before_it_loads_a_model(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        llmc_faq_slider.oneshot(model="no/such-model", **arguments)
 
 
 @pytest.mark.parametrize(
