@@ -122,7 +122,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param low_rank: rank of the weight update, 0 for none
     :param rounding_travel: how far the offset of a weight before rounding can travel in
         one window, in steps of the weight grid; 0 learns no offsets. A departure from
-        the paper; 0.4 won in docs/experiments.md
+        the paper; 0.2 won in docs/experiments.md
     :param channel_scales: learn channel scales where they fold exactly. ``auto`` does
         so in layers with quantised inputs: for weights alone they cost a fifth of the
         time and change nothing (docs/experiments.md)
@@ -150,7 +150,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     closing_lr: float = Field(default=3e-3, gt=0)
     batch_size: int = Field(default=4, ge=1)
     low_rank: int = Field(default=4, ge=0)
-    rounding_travel: float = Field(default=0.4, ge=0)
+    rounding_travel: float = Field(default=0.2, ge=0)
     channel_scales: bool | Literal["auto"] = "auto"
     low_rank_lr: float = Field(default=1e-2, ge=0)
     clipping_lr: float = Field(default=1e-2, ge=0)

@@ -146,7 +146,7 @@ def test_shipped_recipe_loads_and_runs(path, small_model, tmp_path):
             for field, value in FAQ["FAQModifier"].items():
                 setattr(modifier, field, value)
         if type(modifier).__name__ == "SliderQuantModifier":
-            modifier.epochs = 1
+            modifier.epochs = modifier.closing_epochs = 1
     model = load(small_model)
     needs_data = not path.stem.startswith("faq")
     data = {"dataset": calibration_set(small_model, 4)} if needs_data else {}
