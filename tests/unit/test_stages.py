@@ -118,3 +118,16 @@ def test_pack_quantized_is_the_format_below_eight_bits_only():
     assert formats("W4A8") == formats("W4AFP8") == formats("W4A4") == ["pack-quantized"]
     assert formats("W2A16") == formats("W4A16_ASYM") == ["pack-quantized"]
     assert formats("W8A8") == [None]
+
+
+def test_presets_expand_to_values_that_the_recipe_can_overrule():
+    fast = SliderQuantModifier(scheme="W4A16", preset="fast")
+    default = SliderQuantModifier(scheme="W4A16")
+    best = SliderQuantModifier(scheme="W4A16", preset="best")
+    assert fast.epochs < default.epochs < best.epochs
+    assert fast.closing_epochs < default.closing_epochs < best.closing_epochs
+    mixed = SliderQuantModifier(scheme="W4A16", preset="fast", epochs=7)
+    assert mixed.epochs == 7 and mixed.closing_epochs == fast.closing_epochs
+    assert fast.model_dump()["epochs"] == fast.epochs
+    with pytest.raises(ValidationError, match="fast"):
+        SliderQuantModifier(scheme="W4A16", preset="quick")
