@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.slider_settings import config_groups
+from benchmarks.methods import config_groups
 from llmc_faq_slider import SliderQuantModifier, oneshot
 from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
 from llmc_faq_slider.faq.options import FAQOptions
@@ -237,13 +237,13 @@ def measure(
 def stage(method: str) -> Any:
     """The quantising stage of a method such as ``gptq_w4a16``."""
     name, scheme = method.split("_")
-    groups = config_groups(f"{scheme.upper()}_g64")
+    groups = config_groups(scheme.upper(), group_size=64)
     fields: dict[str, Any] = {"ignore": ["lm_head"], "config_groups": groups}
     if name == "rtn":
         return QuantizationModifier(**fields)
     if name == "gptq":
         return GPTQModifier(actorder="weight", **fields)
-    return SliderQuantModifier(batch_size=8, epochs=5, **fields)
+    return SliderQuantModifier(batch_size=8, **fields)
 
 
 def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel:

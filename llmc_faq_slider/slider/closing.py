@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import OutputHead, divergences, replaced_forwards
+from llmc_faq_slider.slider.head import (
+    JUDGED_ROWS,
+    OutputHead,
+    divergences,
+    replaced_forwards,
+)
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids, QuantizedInputs
 
 __all__ = ["ClosingResult", "ClosingSettings", "TunedLinear", "tune_scales"]
-
-# Rows that tell whether the tuned scales are better than those before.
-JUDGED_ROWS = 32
 
 
 @dataclass(frozen=True)

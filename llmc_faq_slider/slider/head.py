@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from llmc_faq_slider.slider.stream import DecoderCalls
 
-__all__ = ["OutputHead", "divergences", "frozen", "replaced_forwards"]
+__all__ = ["JUDGED_ROWS", "OutputHead", "divergences", "frozen", "replaced_forwards"]
 
+# Rows that tell whether what was learned is better than what was there before.
+JUDGED_ROWS = 32
 # Tokens of a batch whose logits are compared; those of a whole batch can be gigabytes.
 JUDGED_TOKENS = 1024
 

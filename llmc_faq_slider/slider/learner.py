@@ -17,7 +17,7 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import OutputHead, divergences
+from llmc_faq_slider.slider.head import JUDGED_ROWS, OutputHead, divergences
 from llmc_faq_slider.slider.learnables import Kind
 from llmc_faq_slider.slider.optimizer import SignDescent
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
@@ -25,9 +25,6 @@ from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLaye
 from llmc_faq_slider.slider.windows import Window
 
 __all__ = ["LearningSettings", "WindowResult", "learn_windows", "stage_ratios"]
-
-# Rows that tell whether a window's end is better than its start.
-JUDGED_ROWS = 32
 
 Commit = Callable[[int, FoldedLayer], None]
 
