@@ -27,9 +27,10 @@ def quiet_import() -> Iterator[None]:
         yield
     finally:
         del os.environ[_SWITCH]
-    from llmcompressor.logger import configure_logger
+    from llmcompressor.logger import LoggerConfig, configure_logger
 
-    configure_logger()
+    # Its default configuration has kept the switch; a fresh one has not.
+    configure_logger(LoggerConfig())
 
 
 @contextmanager
