@@ -1,8 +1,8 @@
 """Keeps llm-compressor's log, which goes to standard output, out of other output.
 
 Upstream interface: the environment variable ``LLM_COMPRESSOR_LOG_DISABLED``, read while
-it is imported, and in ``llmcompressor.logger`` both ``configure_logger``, which it calls
-then, and ``LOGGER_CONFIG``, in which that leaves its mark.
+it is imported, and in ``llmcompressor.logger`` both ``configure_logger``, which it
+calls then, and ``LOGGER_CONFIG``, in which that leaves its mark.
 """
 
 import os
