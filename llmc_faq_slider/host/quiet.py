@@ -1,7 +1,8 @@
 """Keeps llm-compressor's log, which goes to standard output, out of other output.
 
 Upstream interface: the environment variable ``LLM_COMPRESSOR_LOG_DISABLED``, read while
-it is imported, and ``llmcompressor.logger.configure_logger``, which it calls then.
+it is imported, and in ``llmcompressor.logger`` both ``configure_logger``, which it
+calls then, and ``LOGGER_CONFIG``, in which that leaves its mark.
 """
 
 import os
@@ -27,10 +28,10 @@ def quiet_import() -> Iterator[None]:
         yield
     finally:
         del os.environ[_SWITCH]
-    from llmcompressor.logger import LoggerConfig, configure_logger
+    from llmcompressor.logger import LOGGER_CONFIG, configure_logger
 
-    # Its default configuration has kept the switch; a fresh one has not.
-    configure_logger(LoggerConfig())
+    LOGGER_CONFIG.disabled = False
+    configure_logger()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """``llmc-faq-slider check``: a recipe's findings and what vLLM makes of it, shown."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,11 @@ def _table(group: list[Served]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("target", "kernel", "inputs", "from vLLM", "result"):
         table.add_column(column)
+    outcomes = Counter(one.serving.target for one in group)
     for one in group:
         serving = one.serving
-        layers = ", ".join(layer.name for layer in one.layers)
+        several = outcomes[serving.target] > 1
+        layers = ", ".join(layer.name for layer in one.layers) if several else ""
         flag = f"; {serving.flag}" if serving.flag else ""
         table.add_row(
             f"{serving.target.name} ({serving.target.hardware})",

@@ -525,11 +525,11 @@ def table(find: Callable[[Case], list]) -> str:
         finding = next(f for f in find(case) if f.code == case.code)
         options = [f"--model {case.model}"] if case.model else []
         options += [f"--target {case.target}"] if case.target else []
-        shown = case.path or f"```yaml\n{case.recipe}```"
+        shown = case.path or f"```yaml\n{case.recipe.rstrip()}\n```"
         if case.config is not None:
             shown += f"\n\n`model/config.json`: `{json.dumps(case.config)}`"
         parts.append(
-            f"## {case.title.capitalize() if case.title.islower() else case.title}\n\n"
+            f"## {case.title[0].upper()}{case.title[1:]}\n\n"
             f"{shown}\n"
             + (f"\n`{' '.join(options)}`\n" if options else "")
             + f"\n> {finding.severity}: {finding.message}\n"

@@ -66,6 +66,27 @@ def test_import_registers_both_stages_in_a_fresh_process():
     assert "FAQModifier(" in printed and "SliderQuantModifier(" in printed
 
 
+def test_import_prints_nothing_and_leaves_llm_compressors_log_alone():
+    command = (
+        "import llmc_faq_slider; "
+        "from llmcompressor.logger import LOGGER_CONFIG, LoggerConfig, logger; "
+        "from llmcompressor.recipe import Recipe; "
+        "print('imported'); "
+        "Recipe.create_instance('recipes/slider_w4a16.yaml'); "
+        "logger.level('METRIC'); "
+        "print(LOGGER_CONFIG == LoggerConfig())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.startswith("imported\n")
+    assert "Loading recipe from file" in printed and printed.endswith("True\n")
+
+
 def test_oneshot_takes_what_llm_compressors_takes():
     from llmcompressor import oneshot
 

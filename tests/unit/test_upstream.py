@@ -44,7 +44,8 @@ RELIED_ON = [
         None,
         "recipe_fields",
     ),
-    ("llmcompressor.logger", "configure_logger", [], "quiet"),
+    ("llmcompressor.logger", "configure_logger", ["logger_config"], "quiet"),
+    ("llmcompressor.logger", "LOGGER_CONFIG.disabled", None, "quiet"),
     (
         "llmcompressor.modeling.moe.linearize",
         "get_non_linearized_moes",
