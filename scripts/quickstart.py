@@ -108,7 +108,10 @@ def run(
     """The steps in order."""
     with timer.step("Get the model and the held-out text"):
         source, label = get_model(model)
-        text = held_out_text()
+        from texts import read_text
+
+        # English Wikipedia articles that no recipe calibrates on.
+        text = read_text("wikipedia", CACHE)
     ours = output / label / recipe.stem
     nearest = output / label / "round-to-nearest"
 
@@ -160,20 +163,6 @@ def get_model(model: str) -> tuple[str, str]:
         "so compare its perplexities only with each other"
     )
     return str(folder), folder.name
-
-
-def held_out_text() -> str:
-    """Returns English Wikipedia articles that no recipe calibrates on."""
-    from packages import Wheel, fetch
-
-    wheel = Wheel(
-        requirement="exllamav2==0.3.2",
-        sha256="7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
-    )
-    member = "exllamav2/conversion/standard_cal_data/wiki.utf8"
-    path = fetch(wheel, member, CACHE / "downloads", CACHE / "text")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("<doc ", "</doc>")))
 
 
 def round_to_nearest(recipe: Path, out: Path) -> Path:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import (
-    JUDGED_ROWS,
-    OutputHead,
-    divergences,
+from llmc_faq_slider.slider.head import JUDGED_ROWS, OutputHead, divergences
+from llmc_faq_slider.slider.optimizer import linear_decay
+from llmc_faq_slider.slider.stream import (
+    DecoderCalls,
+    epoch_batches,
     replaced_forwards,
+    row_batches,
 )
-from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids, QuantizedInputs
 
 __all__ = ["ClosingResult", "ClosingSettings", "TunedLinear", "tune_scales"]
@@ -125,23 +126,14 @@ def tune_scales(
     tuned = [linear for layer in linears.values() for linear in layer.values()]
     factors = [linear.factor for linear in tuned]
     lengths = [row.shape[1] for row in hidden]
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = [
-        batch
-        for _ in range(settings.epochs)
-        for batch in row_batches(
-            lengths,
-            settings.batch_size,
-            torch.randperm(len(hidden), generator=generator).tolist(),
-        )
-    ]
+    batches = epoch_batches(
+        lengths, settings.batch_size, settings.epochs, settings.seed
+    )
     judged = list(
         row_batches(lengths, settings.batch_size, [*range(len(hidden))][:JUDGED_ROWS])
     )
     optimizer = torch.optim.AdamW(factors, settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / max(1, len(batches))
-    )
+    schedule = linear_decay(optimizer, len(batches))
 
     def loss_of(batch: list[int]) -> Tensor:
         state = torch.cat([hidden[i] for i in batch]).to(device)

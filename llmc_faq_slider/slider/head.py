@@ -1,6 +1,6 @@
 """What a model makes of its last decoder layer's output."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmc_faq_slider.slider.stream import DecoderCalls
+from llmc_faq_slider.slider.stream import DecoderCalls, replaced_forwards
 
-__all__ = ["JUDGED_ROWS", "OutputHead", "divergences", "frozen", "replaced_forwards"]
+__all__ = ["JUDGED_ROWS", "OutputHead", "divergences", "frozen"]
 
 # Rows that tell whether what was learned is better than what was there before.
 JUDGED_ROWS = 32
@@ -70,23 +70,6 @@ def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
         expected = head.log_probabilities(target.flatten(0, 1)[chosen].unsqueeze(0))
     found = head.log_probabilities(output.flatten(0, 1)[chosen].unsqueeze(0))
     return F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
-
-
-@contextmanager
-def replaced_forwards(
-    forwards: Mapping[nn.Module, Callable[..., Any]],
-) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in before.items():
-            if original is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = original
 
 
 @contextmanager

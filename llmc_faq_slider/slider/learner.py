@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from llmc_faq_slider.slider.head import JUDGED_ROWS, OutputHead, divergences
 from llmc_faq_slider.slider.learnables import Kind
-from llmc_faq_slider.slider.optimizer import SignDescent
-from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
+from llmc_faq_slider.slider.optimizer import SignDescent, linear_decay
+from llmc_faq_slider.slider.stream import DecoderCalls, epoch_batches, row_batches
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
@@ -62,7 +62,7 @@ class LearningSettings:
 
 @dataclass
 class WindowResult:
-    """What one window reached; losses are means of :func:`token_errors`."""
+    """What one window reached; losses are what it lowered: see :func:`_errors`."""
 
     window: Window
     start_loss: float
@@ -218,24 +218,9 @@ def _train_stage(
     students = _window_students(decoder, window)
     # Every window meets the rows in an order of its own.
     order_seed = settings.seed + 1000 * window.start + window.stop
-    generator = torch.Generator().manual_seed(order_seed)
-    lengths = decoder.lengths
-    batches = [
-        batch
-        for _ in range(epochs)
-        for batch in row_batches(
-            lengths,
-            settings.batch_size,
-            torch.randperm(len(lengths), generator=generator).tolist(),
-        )
-    ]
+    batches = epoch_batches(decoder.lengths, settings.batch_size, epochs, order_seed)
     optimizers = _optimizers(students, settings, len(batches))
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 1 - step / max(1, len(batches))
-        )
-        for optimizer in optimizers
-    ]
+    schedules = [linear_decay(optimizer, len(batches)) for optimizer in optimizers]
     per_epoch = len(batches) // max(1, epochs)
     epoch_loss = 0.0
     for step, batch in enumerate(batches):
@@ -281,7 +266,7 @@ def _batch_loss(
     ratio: float,
     settings: LearningSettings,
 ) -> Tensor:
-    """Mean of :func:`token_errors` over a batch of rows, with gradients."""
+    """Mean of :func:`_errors` over a batch of rows, with gradients."""
     hidden = decoder.batch(decoder.quantized, batch)
     with _installed(decoder, window, ratio, settings.compute_dtype):
         output = decoder.calls.run_span(window.layers, hidden)

@@ -1,11 +1,11 @@
-"""Sign descent inside a box, for rounding offsets."""
+"""Sign descent inside a box, for rounding offsets, and the decay of all rates."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SignDescent"]
+__all__ = ["SignDescent", "linear_decay"]
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -32,3 +32,12 @@ class SignDescent(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
                     parameter.clamp_(-group["limit"], group["limit"])
+
+
+def linear_decay(
+    optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rates that fall linearly to zero over ``steps`` steps."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / max(1, steps)
+    )

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import OutputHead, replaced_forwards
+from llmc_faq_slider.slider.head import OutputHead
 from llmc_faq_slider.slider.quantizer import WeightGrid
-from llmc_faq_slider.slider.stream import capture_decoder, row_batches
+from llmc_faq_slider.slider.stream import (
+    capture_decoder,
+    replaced_forwards,
+    row_batches,
+)
 from llmc_faq_slider.slider.student import LinearGrids
 
 __all__ = [

@@ -5,14 +5,22 @@ decoder layer. Slider moves two of them through the model: one through full-prec
 layers, one through the quantised ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DecoderCalls", "capture_decoder", "layer_output", "row_batches"]
+__all__ = [
+    "DecoderCalls",
+    "capture_decoder",
+    "epoch_batches",
+    "layer_output",
+    "replaced_forwards",
+    "row_batches",
+]
 
 
 @dataclass
@@ -154,3 +162,36 @@ def row_batches(
         if len(batch) == batch_size:
             yield by_length.pop(lengths[index])
     yield from by_length.values()
+
+
+def epoch_batches(
+    lengths: list[int], batch_size: int, epochs: int, seed: int
+) -> list[list[int]]:
+    """:func:`row_batches` of all rows, shuffled anew for every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        batch
+        for _ in range(epochs)
+        for batch in row_batches(
+            lengths,
+            batch_size,
+            torch.randperm(len(lengths), generator=generator).tolist(),
+        )
+    ]
+
+
+@contextmanager
+def replaced_forwards(
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> Iterator[None]:
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in before.items():
+            if original is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = original

@@ -26,6 +26,7 @@ from llmc_faq_slider.slider.learnables import (
 )
 from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
+from llmc_faq_slider.slider.stream import replaced_forwards
 
 __all__ = [
     "FoldedLayer",
@@ -227,27 +228,21 @@ class StudentLayer:
         :param ratio: intra-layer ratio; 0 quantises nothing (folds only)
         :param dtype: dtype of the matrix products
         """
-        forwards = {}
-        handles = []
         inputs = QuantizedInputs(ratio)
-        for linear in self.linears.values():
-            forwards[linear.module] = linear.module.__dict__.get("forward")
-            linear.module.forward = quantized_forward(  # type: ignore[method-assign]
-                linear, ratio, dtype, inputs
-            )
+        forwards: dict[nn.Module, Any] = {
+            linear.module: quantized_forward(linear, ratio, dtype, inputs)
+            for linear in self.linears.values()
+        }
+        handles = []
         for name, norm_scale in self.norm_scales.items():
             norm = self.layer.get_submodule(name)
             handles.append(
                 norm.register_forward_hook(divide_output(norm_scale.multiplier()))
             )
         try:
-            yield
+            with replaced_forwards(forwards):
+                yield
         finally:
-            for module, forward in forwards.items():
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.forward = forward  # type: ignore[method-assign]
             for handle in handles:
                 handle.remove()
 

@@ -23,7 +23,6 @@ from llmc_faq_slider.report.server import MODEL_NAME, serve
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVE_ENV = ROOT / ".venv-serve"
 ROWS, LENGTH = 8, 128
 #: bf16 rounds in other places in vLLM than in transformers
 TOLERANCE = 0.05
@@ -65,14 +64,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def served(
-    large_model: Path, tmp_path_factory: pytest.TempPathFactory
+    serve_env: Path, large_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Run]:
-    unsupported = SERVE_ENV / "unsupported"
-    if unsupported.exists():
-        pytest.skip(unsupported.read_text().strip())
-    assert (SERVE_ENV / ".ready").exists(), "run `make serve-env` first"
     folder = tmp_path_factory.mktemp("served")
-    with serve(large_model, SERVE_ENV, folder / "vllm.log", timeout=900) as server:
+    with serve(large_model, serve_env, folder / "vllm.log", timeout=900) as server:
         yield Run(folder / "faq", f"{server.url}/v1")
 
 

@@ -20,7 +20,6 @@ from llmc_faq_slider.report.server import Server, serve
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVE_ENV = ROOT / ".venv-serve"
 RECIPE = "faq_slider_w4a8_g64.yaml"
 
 
@@ -30,15 +29,6 @@ class Run:
 
     printed: str
     checkpoint: Path
-
-
-@pytest.fixture(scope="module")
-def serve_env() -> Path:
-    unsupported = SERVE_ENV / "unsupported"
-    if unsupported.exists():
-        pytest.skip(unsupported.read_text().strip())
-    assert (SERVE_ENV / ".ready").exists(), "run `make serve-env` first"
-    return SERVE_ENV
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ from llmc_faq_slider.report.serving import (
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVE_ENV = ROOT / ".venv-serve"
 # Sizes that every kernel takes, and sizes that some do not.
 LAYER = Layer("down_proj", 512, 256)
 AWKWARD = [Layer("awkward", 256, 192), Layer("awkward", 144, 288)]
@@ -134,11 +133,7 @@ def _fields(target: Target) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[Question, dict[str, Any]]:
-    unsupported = SERVE_ENV / "unsupported"
-    if unsupported.exists():
-        pytest.skip(unsupported.read_text().strip())
-    assert (SERVE_ENV / ".ready").exists(), "run `make serve-env` first"
+def answers(serve_env: Path) -> dict[Question, dict[str, Any]]:
     asked = [q for q in QUESTIONS if q.target != "cpu-amx" or _has_amx()]
     document = {
         "questions": [
@@ -151,9 +146,9 @@ def answers() -> dict[Question, dict[str, Any]]:
             for question in asked
         ],
     }
-    humming = [str(SERVE_ENV.resolve() / "humming"), os.environ.get("PYTHONPATH", "")]
+    humming = [str(serve_env.resolve() / "humming"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [str(SERVE_ENV / "bin" / "python"), "scripts/ask_vllm.py"],
+        [str(serve_env / "bin" / "python"), "scripts/ask_vllm.py"],
         input=json.dumps(document),
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(humming)},

@@ -4,12 +4,12 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmc_faq_slider
+from llmc_faq_slider.report.perplexity import next_token_loss as loss
 
 TESTS = Path(__file__).parents[1]
 RECIPES = TESTS.parent / "recipes"
@@ -35,18 +35,6 @@ def calibration_set(model: Path, rows: int = 32) -> Dataset:
     return Dataset.from_dict(
         {"input_ids": ids, "attention_mask": [[1] * LENGTH for _ in ids]}
     )
-
-
-@torch.no_grad()
-def loss(model: nn.Module, rows: Tensor) -> float:
-    """Mean negative log-likelihood per token; its exponential is the perplexity."""
-    total = 0.0
-    for batch in rows.split(16):
-        logits = model(input_ids=batch).logits[:, :-1].float()
-        total += F.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
-    return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 
 def perplexity(model: nn.Module, rows: Tensor) -> float:
