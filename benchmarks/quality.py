@@ -138,7 +138,7 @@ def main(
     schemes: Annotated[str, typer.Option()] = ",".join(SCHEMES),
     methods: Annotated[str, typer.Option(help="default: all for a scheme")] = "",
     seeds: Annotated[int, typer.Option()] = 3,
-    rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
+    rows: Annotated[int, typer.Option(help="calibration rows")] = 256,
     length: Annotated[int, typer.Option(help="tokens per row")] = 128,
     evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 16,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",

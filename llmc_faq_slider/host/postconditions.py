@@ -24,10 +24,8 @@ def check_committed(modules: dict[str, nn.Module], committed: set[str]) -> None:
     for name, module in modules.items():
         scale, weight = module.weight_scale, module.weight
         assert isinstance(scale, Tensor) and isinstance(weight, Tensor)
-        if not (torch.isfinite(scale).all() and (scale > 0).all()):
-            raise RuntimeError(
-                f"{name} has weight scales that are not finite and positive."
-            )
+        if not (torch.isfinite(scale).all() and (scale != 0).all()):
+            raise RuntimeError(f"{name} has weight scales that are zero or not finite.")
         if not torch.isfinite(weight).all():
             raise RuntimeError(f"{name} has weights that are not finite.")
 

@@ -9,6 +9,7 @@ the clipping comes from the released code (it follows OmniQuant).
 """
 
 import math
+from itertools import product
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ Kind = Literal["rounding", "low_rank", "clipping", "channel_scale"]
 MIN_CHANNEL_SCALE = 1e-2
 # sigmoid(6) keeps 99.75 % of the range: less than half a step of an 8-bit grid.
 MAX_CLIP_LOGIT = 6.0
-SEARCHED_SHARES = torch.linspace(0.40, 1.0, 31)
+SEARCHED_SHARES = torch.linspace(0.40, 1.0, 16)
 
 
 class LowRank:
@@ -92,7 +93,7 @@ class Clipping:
 
     def __init__(self, weight: Tensor, grid: WeightGrid, importance: Tensor):
         self.grid = grid
-        share = searched_share(weight, grid, importance)
+        share, self.sign = searched_start(weight, grid, importance)
         logit = torch.logit(share).clamp(max=MAX_CLIP_LOGIT)
         self.upper = logit.clone().requires_grad_()
         self.lower = None if grid.symmetric else logit.clone().requires_grad_()
@@ -106,29 +107,36 @@ class Clipping:
         """
         lower, upper = self.grid.bounds(weight)
         lower_logit = self.upper if self.lower is None else self.lower
-        return self.grid.qparams(
+        scale, zero_point = self.grid.qparams(
             torch.sigmoid(lower_logit) * lower, torch.sigmoid(self.upper) * upper
         )
+        return scale * self.sign, zero_point
 
 
 @torch.no_grad()
-def searched_share(weight: Tensor, grid: WeightGrid, importance: Tensor) -> Tensor:
+def searched_start(
+    weight: Tensor, grid: WeightGrid, importance: Tensor
+) -> tuple[Tensor, Tensor]:
     """
-    Share of each group's range with the least input-weighted rounding error.
+    Share of each group's range, and sign of its scale, with the least input-weighted
+    rounding error.
 
-    :return: fp32 ``[out, groups]`` in (0, 1)
+    :return: two fp32 tensors ``[out, groups]``, in (0, 1) and 1 or -1
     """
     lower, upper = grid.bounds(weight)
     best_error = torch.full_like(lower, torch.inf)
     best_share = torch.ones_like(lower)
-    for share in SEARCHED_SHARES.tolist():
+    best_sign = torch.ones_like(lower)
+    for share, sign in product(SEARCHED_SHARES.tolist(), grid.scale_signs):
         scale, zero_point = grid.qparams(share * lower, share * upper)
-        error = (grid.fake_quantize(weight, scale, zero_point) - weight).square_()
-        error = grid.grouped(error.mul_(importance)).sum(-1)
+        quantized = grid.fake_quantize(weight, sign * scale, zero_point)
+        error = (quantized - weight).square_().mul_(importance)
+        error = grid.grouped(error).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_share = torch.where(better, share, best_share)
-    return best_share.clamp(max=1 - 1e-6)
+        best_sign = torch.where(better, sign, best_sign)
+    return best_share.clamp(max=1 - 1e-6), best_sign
 
 
 class ChannelScale:

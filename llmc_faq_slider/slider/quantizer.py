@@ -38,10 +38,10 @@ class _QuantizeWeight(torch.autograd.Function):
     """
     ``(clamp(round(w / scale + offset + zero_point)) - zero_point) * scale``.
 
-    Rounding passes the gradient unchanged, the clamp has its own (zero outside), the
-    scale gets the exact derivative of the rest, the zero point none. The offset's
-    gradient leaves out the factor ``scale``: sign descent sees no difference, and the
-    tensor is the weight's own.
+    Rounding passes the gradient unchanged, the clamp does so as far as values round to
+    its ends, the scale gets the derivative of the rest, the zero point none. The
+    offset's gradient has only the sign of its factor ``scale``: sign descent sees no
+    difference.
     """
 
     @staticmethod
@@ -56,7 +56,7 @@ class _QuantizeWeight(torch.autograd.Function):
     ) -> Tensor:
         """
         :param weight: fp32 ``[out, groups, columns]``
-        :param scale: fp32 ``[out, groups, 1]``, positive
+        :param scale: fp32 ``[out, groups, 1]``, not zero
         :param zero_point: fp32 whole numbers ``[out, groups, 1]``, None for zero
         :param offset: fp32 ``[out, groups, columns]`` in steps, None for zero
         """
@@ -64,27 +64,33 @@ class _QuantizeWeight(torch.autograd.Function):
         shifted = position if zero_point is None else position + zero_point
         if offset is not None:
             shifted = shifted + offset
-        code = shifted.round().clamp_(q_min, q_max)
-        inside = (shifted >= q_min) & (shifted <= q_max)
+        code = shifted.clamp(q_min, q_max).round_()
         if zero_point is not None:
             code.sub_(zero_point)
         result = code * scale
+        ctx.ends = q_min - 0.5, q_max + 0.5
         derivative = None
         if ctx.needs_input_grad[1]:
-            derivative = code.sub_(position.mul_(inside))
-        ctx.save_for_backward(inside, derivative)
+            derivative = code.sub_(_inside(position, shifted, ctx.ends))
+        ctx.save_for_backward(shifted, derivative, scale.sign())
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        inside, derivative = ctx.saved_tensors
+        shifted, derivative, sign = ctx.saved_tensors
         scale_grad = None
         if derivative is not None:
             scale_grad = (grad * derivative).sum(dim=-1, keepdim=True)
-        weight_grad = grad * inside
-        offset_grad = weight_grad if ctx.needs_input_grad[3] else None
+        weight_grad = _inside(grad, shifted, ctx.ends)
+        offset_grad = weight_grad * sign if ctx.needs_input_grad[3] else None
         return weight_grad, scale_grad, None, offset_grad, None, None
+
+
+def _inside(values: Tensor, shifted: Tensor, ends: tuple[float, float]) -> Tensor:
+    """``values`` where ``shifted`` lies between ``ends``, else 0, in a single pass."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(values, shifted, *ends)
+    return result
 
 
 class _QuantizeInput(torch.autograd.Function):
@@ -160,6 +166,16 @@ class WeightGrid:
     def q_max(self) -> float:
         return 2.0 ** (self.num_bits - 1) - 1
 
+    @property
+    def scale_signs(self) -> tuple[float, ...]:
+        """
+        Signs that a scale may have. Both in symmetric groups of few bits, where the
+        one code more below zero matters; only positive scales where a loader takes
+        their logarithm or maximum (FP8) or scales belong to whole channels.
+        """
+        both = self.symmetric and self.group_size and not self.fp8_scales
+        return (1.0, -1.0) if both and self.num_bits < 8 else (1.0,)
+
     def grouped(self, weight: Tensor) -> Tensor:
         """``[out, in]`` as ``[out, groups, columns per group]``."""
         return weight.unflatten(-1, (-1, self.group_size or weight.shape[-1]))
@@ -201,8 +217,11 @@ class WeightGrid:
         Scale ``[out, groups]`` as the checkpoint will hold it, in fp32; the gradient
         passes unchanged.
         """
-        # An all-zero group keeps codes of zero under any positive scale.
-        scale = scale.clamp(min=torch.finfo(self.scale_dtype).smallest_normal)
+        # An all-zero group keeps codes of zero under any scale but zero.
+        smallest = torch.finfo(self.scale_dtype).smallest_normal
+        scale = torch.where(
+            scale < 0, scale.clamp(max=-smallest), scale.clamp(min=smallest)
+        )
         if not self.fp8_scales:
             return round_straight_through(scale, self.scale_dtype)
         stored = scale.detach().to(self.scale_dtype).float()

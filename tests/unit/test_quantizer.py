@@ -57,6 +57,8 @@ def test_weights_agree_with_compressed_tensors(grid, seed, shift):
         if zero_point is not None:
             assert torch.equal(zero_point, their_zero_point.float())
     assert torch.equal(scale, scale.to(grid.scale_dtype).float())
+    signs = torch.tensor(grid.scale_signs)
+    scale = scale * signs[torch.arange(scale.numel()) % len(signs)].view_as(scale)
     theirs = fake_quantize(
         weight,
         scale,
@@ -110,7 +112,7 @@ def test_gradients_of_weight_and_scale(symmetric):
     position = grid.grouped(weight.detach()) / scale.detach().unsqueeze(-1)
     zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
     shifted = position + zero
-    inside = (shifted >= grid.q_min) & (shifted <= grid.q_max)
+    inside = (shifted >= grid.q_min - 0.5) & (shifted <= grid.q_max + 0.5)
     assert not inside.all(), "the clipped range must cut something off"
     codes = shifted.round().clamp(grid.q_min, grid.q_max) - zero
     torch.testing.assert_close(
@@ -120,17 +122,26 @@ def test_gradients_of_weight_and_scale(symmetric):
     torch.testing.assert_close(scale.grad, expected)
 
 
-def test_offset_moves_codes_and_takes_the_gradient_of_the_weight():
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_offset_moves_codes_and_its_gradient_points_where_they_move(sign):
     grid = WeightGrid(4, True, 8, torch.float32)
     weight = weight_like(2, 16, seed=1).requires_grad_()
-    scale, _ = grid.qparams(*grid.bounds(weight))
+    scale = sign * grid.qparams(*grid.bounds(weight))[0]
     offset = torch.full_like(weight, 0.5).mul_(weight.detach().sign()).requires_grad_()
     plain = grid.fake_quantize(weight, scale, None)
     moved = grid.fake_quantize(weight, scale, None, offset=offset)
     steps = (moved - plain).unflatten(-1, (-1, 8)) / scale.unsqueeze(-1)
     assert steps.abs().max() <= 1 + 1e-4 and steps.abs().mean() > 0.3
     moved.sum().backward()
-    assert torch.equal(offset.grad, weight.grad)
+    assert torch.equal(offset.grad, sign * weight.grad)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_stored_scale_keeps_its_sign_and_is_never_zero(scale_dtype):
+    grid = WeightGrid(4, True, 8, scale_dtype)
+    stored = grid.stored_scale(torch.tensor([[0.1, -0.1, 1e-45, -1e-45, 0.0]]))
+    assert stored.sign().tolist() == [[1, -1, 1, -1, 1]]
+    assert torch.equal(stored, stored.to(scale_dtype).float())
 
 
 def test_stored_scale_passes_the_gradient_of_its_bound():
