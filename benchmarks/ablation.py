@@ -7,6 +7,7 @@ The first block is the paper's Table 8 on our models, the rest one setting at a 
 Every default in the code is the winner here or has its reason in docs/experiments.md.
 """
 
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -46,18 +47,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hidden_states_to_the_end": {"match_logits": False},
     "epochs_2": {"epochs": 2},
     "epochs_15": {"epochs": 15},
+    "no_closing": {"closing_epochs": 0},
+    "closing_4": {"closing_epochs": 4},
     "batch_4": {"batch_size": 4},
 }
+# The default settings on more or fewer calibration rows.
+ROWS = {"rows_32": 32, "rows_512": 512}
 
 
 def table(full: Result, results: list[Result], variants: list[str]) -> str:
-    """One row per scheme and variant, means over seeds."""
+    """
+    One row per scheme and variant, means over seeds.
+
+    :param variants: name of the variant of each result
+    """
     abroad = [name for name in FILES if name != IN_DOMAIN]
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        settings = result["arm"]["settings"]
-        name = next(v for v in variants if VARIANTS[v] == settings)
-        groups.setdefault((result["arm"]["scheme"], name), []).append(result)
+    for variant, result in zip(variants, results, strict=True):
+        groups.setdefault((result["arm"]["scheme"], variant), []).append(result)
     lines = [
         "| scheme | settings | loss | out of domain | KL | CPU s |",
         "|---|---|---|---|---|---|",
@@ -77,7 +84,7 @@ def table(full: Result, results: list[Result], variants: list[str]) -> str:
 def main(
     model: Annotated[str, typer.Option()] = "small",
     schemes: Annotated[str, typer.Option()] = "W3A16,W2A16,W4A4",
-    variants: Annotated[str, typer.Option()] = ",".join(VARIANTS),
+    variants: Annotated[str, typer.Option()] = ",".join([*VARIANTS, *ROWS]),
     seeds: Annotated[int, typer.Option()] = 2,
     rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
     length: Annotated[int, typer.Option(help="tokens per row")] = 128,
@@ -89,15 +96,23 @@ def main(
     names = variants.split(",")
     size = group_size_for(folder)
     full = Arm(folder, "W16A16", "full_precision", 0, rows, length, 16)
+    runs = [*product(schemes.split(","), names, range(seeds))]
     arms = [
-        Arm(folder, scheme, "slider", seed, rows, length, 16, VARIANTS[name])
-        for scheme in schemes.split(",")
-        for name in names
-        for seed in range(seeds)
+        Arm(
+            folder,
+            scheme,
+            "slider",
+            seed,
+            ROWS.get(name, rows),
+            length,
+            16,
+            VARIANTS.get(name, {}),
+        )
+        for scheme, name, seed in runs
     ]
     target = output / Path(folder).name
     baseline, *results = run_arms([full, *arms], target, jobs, size, [])
-    found = table(baseline, results, names)
+    found = table(baseline, results, [name for _, name, _ in runs])
     (target / "table.md").write_text(found)
     print(found)
 

@@ -68,7 +68,8 @@ def run_arm(
         "code": source_digest() if arm.method.startswith("slider") else None,
     }
     settings = "".join(f"-{k}={v}" for k, v in arm.settings.items())
-    name = f"{arm.scheme}-{arm.method}{settings}-seed{arm.seed}".replace("/", "_")
+    rows = f"{arm.rows}x{arm.length}"
+    name = f"{arm.scheme}-{arm.method}{settings}-{rows}-seed{arm.seed}"
     target = output / f"{name}.json"
     if target.exists():
         stored = json.loads(target.read_text())
