@@ -12,7 +12,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 from llmc_faq_slider import SliderQuantModifier
 
-__all__ = ["METHODS", "Arm", "config_groups", "stages"]
+__all__ = ["METHODS", "Arm", "config_groups", "quantizes_inputs", "stages"]
 
 METHODS = {
     "full_precision": "full precision",
@@ -53,6 +53,10 @@ class Arm:
     length: int
     evaluation_rows: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def quantizes_inputs(scheme: str) -> bool:
+    return "A16" not in scheme
 
 
 def config_groups(scheme: str, group_size: int) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.methods import METHODS, Arm
+from benchmarks.methods import METHODS, Arm, quantizes_inputs
 from benchmarks.runner import Result, group_size_for, run_arms
 from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
 
 SCHEMES = ("W4A16", "W4A8", "W3A16", "W2A16", "W4A4")
-NEED_NO_DATA = ("full_precision", "nearest")
+# No bound rests on them, or they need no data.
+ONE_SEED = ("full_precision", "nearest", "slider_paper", "slider_fast")
 # Loss of SliderQuant's defaults as a share of a method's, at most.
 BOUNDS = {
     "W4A16": {"gptq": 0.80, "autoround": 1.0, "slider_fixed": 1.0},
@@ -36,11 +37,10 @@ BOUNDS = {
 
 def methods_for(scheme: str) -> list[str]:
     """The methods that a scheme is measured against, and ours."""
-    quantizes_inputs = "A16" not in scheme
     return [
         "nearest",
         "gptq",
-        *(["smoothquant_gptq"] if quantizes_inputs else []),
+        *(["smoothquant_gptq"] if quantizes_inputs(scheme) else []),
         *(["awq"] if torch.cuda.is_available() else []),
         *(["autoround"] if "A4" not in scheme else []),
         "slider_paper",
@@ -60,6 +60,35 @@ def small_or_real(model: str) -> str:
         folder = CACHE / "models" / "SmolLM2-135M-Instruct"
         return str(smollm2.build(folder, CACHE / "downloads"))
     return model
+
+
+def without_twins(arms: list[Arm]) -> list[Arm]:
+    """
+    Arms less those that another one measures on the way: llm-compressor's AutoRound
+    leaves dynamic inputs out of its training, so W4A8 has the weights of W4A16.
+    """
+    learned = {
+        (weights_alone(arm.scheme), arm.seed)
+        for arm in arms
+        if arm.method == "autoround" and quantizes_inputs(arm.scheme)
+    }
+    return [
+        arm
+        for arm in arms
+        if arm.method != "autoround" or (arm.scheme, arm.seed) not in learned
+    ]
+
+
+def twin(result: Result) -> Result | None:
+    """The result of the same weights with unquantised inputs, if it was measured."""
+    if "quality_weights_alone" not in result:
+        return None
+    arm = result["arm"] | {"scheme": weights_alone(result["arm"]["scheme"])}
+    return result | {"arm": arm, "quality": result["quality_weights_alone"]}
+
+
+def weights_alone(scheme: str) -> str:
+    return scheme.partition("A")[0] + "A16"
 
 
 def loss(result: Result, full: Result, texts: list[str]) -> float:
@@ -159,12 +188,14 @@ def main(
     for seed in range(seeds):
         for scheme in schemes.split(","):
             for method in methods.split(",") if methods else methods_for(scheme):
-                if seed == 0 or method not in NEED_NO_DATA:
+                if seed == 0 or method not in ONE_SEED:
                     arms.append(arm(scheme, method, seed))
+    arms = without_twins(arms)
     target = output / Path(folder).name
     size = group_size_for(folder)
     chosen = [task for task in tasks.split(",") if task]
     full, *results = run_arms(arms, target, jobs, size, chosen)
+    results += filter(None, map(twin, results))
 
     summary = summarize(full, results)
     order = list(METHODS)

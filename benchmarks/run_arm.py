@@ -15,7 +15,7 @@ from datasets import Dataset
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.methods import Arm, stages
+from benchmarks.methods import Arm, quantizes_inputs, stages
 from benchmarks.texts import FILES, calibration_rows, evaluation_rows
 from llmc_faq_slider import oneshot
 from llmc_faq_slider.report.perplexity import kl_divergence, next_token_loss
@@ -31,16 +31,31 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
     if arm.method != "full_precision":
         rows = calibration_rows(tokenizer, arm.seed, arm.rows, arm.length)
         cost = quantize(model, arm, group_size, rows)
+    found: dict[str, Any] = {
+        "quality": quality(model, arm),
+        "tasks": task_scores(model, tokenizer, tasks) if tasks else {},
+        "cost": cost,
+    }
+    if arm.method == "autoround" and quantizes_inputs(arm.scheme):
+        for module in model.modules():
+            if scheme := getattr(module, "quantization_scheme", None):
+                scheme.input_activations = None
+        found["quality_weights_alone"] = quality(model, arm)
+    return found
+
+
+def quality(model: PreTrainedModel, arm: Arm) -> dict[str, dict[str, float]]:
+    """Loss per token, and divergence from full precision, by text."""
+    tokenizer = AutoTokenizer.from_pretrained(arm.model)
     reference = load(arm.model)
-    quality = {}
+    found = {}
     for name in FILES:
         rows = evaluation_rows(tokenizer, name, arm.evaluation_rows, EVALUATION_LENGTH)
-        quality[name] = {
+        found[name] = {
             "loss": next_token_loss(model, rows),
             "kl": kl_divergence(reference, model, rows[: max(1, len(rows) // 4)]),
         }
-    scores = task_scores(model, tokenizer, tasks) if tasks else {}
-    return {"quality": quality, "tasks": scores, "cost": cost}
+    return found
 
 
 def load(model: str) -> PreTrainedModel:
