@@ -333,7 +333,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 ),
                 *check_finite(model),
                 *check_losses(learned.windows),
-                *check_folds(learned.fold_errors, names, hidden[0].dtype),
+                *check_folds(learned.fold_errors, grids, names, hidden[0].dtype),
                 *check_seen(learned.unseen, names),
             ],
             self.strict,
