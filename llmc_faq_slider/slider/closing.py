@@ -180,6 +180,8 @@ def tune_scales(
     ) -> float:
         total = counted.count(rows)
         if not total:
+            # Without gradients it changes nothing, but the schedule waits for it.
+            optimizer.step()
             return 0.0
 
         def gradients() -> float:

@@ -217,6 +217,9 @@ class _Training:
         tokens = self.decoder.tokens
         total = tokens.count(batch)
         if not total:
+            # Without gradients it changes nothing, but schedules wait for it.
+            for optimizer in optimizers:
+                optimizer.step()
             return 0.0
 
         def gradients() -> float:
