@@ -217,9 +217,10 @@ def tune_scales(
                 schedule.step()
                 bar.set_postfix(kl=f"{loss:.3e}")
                 bar.update()
-                if saved is not None and (stop or number % per_epoch == 0):
+                stopping = stop is not None and stop.requested
+                if saved is not None and (stopping or number % per_epoch == 0):
                     _save(saved, attempt, number, factors, optimizer, scaler)
-                if stop:
+                if stop is not None and stopping:
                     _say_stopped(stop, saved, number, len(batches))
                     raise stop.exit()
         return True

@@ -21,7 +21,8 @@ class StopRequest:
 
     signal: Signals | None = None
 
-    def __bool__(self) -> bool:
+    @property
+    def requested(self) -> bool:
         return self.signal is not None
 
     def exit(self) -> BaseException:
@@ -43,6 +44,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored, as SIGINT in the background, stays ignored.
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -52,7 +55,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.signal = Signals(number)
         restore()
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request

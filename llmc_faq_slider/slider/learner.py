@@ -309,9 +309,9 @@ class _Walk:
         self._save(window)
 
     def _save(self, window: Window) -> None:
+        self._note_decoder()
         if self.saved is None:
             return
-        self._note_decoder()
         tensors = {
             layer_role(index): _layer_tensors(self.decoder, index)
             for index in window.layers

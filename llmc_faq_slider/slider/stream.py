@@ -73,7 +73,8 @@ def capture_decoder(
     :return: hidden states ``[1, length, hidden]`` per row, in the model's dtype, on the
         CPU, and the calls
     :raises ValueError: if a layer's input is not finite, not the output of the layer
-        before it, has another shape, or a layer is given anything else that depends on the tokens
+        before it, has another shape, or a layer is given anything else that depends on
+        the tokens
     """
     arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     hidden: list[Tensor] = []

@@ -196,7 +196,7 @@ class _Training:
             if step % per_epoch == 0:
                 self.bar.set_postfix(loss=f"{epoch_loss:.3e}", ratio=f"{ratio:.2f}")
                 epoch_loss = 0.0
-            if self.stop:
+            if self.stop.requested:
                 raise Stopped(
                     self._unfinished(attempt, stage, step, optimizers, scaler)
                 )
