@@ -15,8 +15,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from llmc_faq_slider.host.calibration_data import plain_weights
+from llmc_faq_slider.slider.learning_state import WindowResult
 from llmc_faq_slider.slider.student import LinearGrids
-from llmc_faq_slider.slider.window_training import WindowResult
 
 __all__ = [
     "check_committed",

@@ -10,8 +10,6 @@ that goes on ends with the same bits.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from loguru import logger
@@ -22,17 +20,21 @@ from llmc_faq_slider.slider.checkpoint import Checkpoint
 from llmc_faq_slider.slider.decoder import Decoder, LayerGrids, committed_error
 from llmc_faq_slider.slider.head import OutputHead
 from llmc_faq_slider.slider.interruption import StopRequest
+from llmc_faq_slider.slider.learning_state import (
+    UNFINISHED,
+    Learned,
+    LearningSettings,
+    Progress,
+    Stopped,
+    Unfinished,
+    WindowResult,
+    layer_role,
+)
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import RowLimit
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
-from llmc_faq_slider.slider.window_training import (
-    LearningSettings,
-    Stopped,
-    Unfinished,
-    WindowResult,
-    learn_window,
-)
+from llmc_faq_slider.slider.window_training import learn_window
 from llmc_faq_slider.slider.windows import Window
 
 __all__ = [
@@ -44,62 +46,6 @@ __all__ = [
 ]
 
 Commit = Callable[[int, FoldedLayer], None]
-
-UNFINISHED = "window"
-
-
-@dataclass
-class Learned:
-    """
-    :param windows: one result per window, of its last stage
-    :param outputs: full-precision output of the last layer per row
-    :param fold_errors: how far each committed layer's output is from the student's,
-        relative to its square
-    :param unseen: linears that no calibration token reached, ``<layer>.<name>``
-    """
-
-    windows: list[WindowResult]
-    outputs: list[Tensor]
-    fold_errors: dict[int, float] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Progress:
-    """
-    How far a walk is.
-
-    :param sweep: the one under way
-    :param windows: finished in that sweep
-    :param rows: per forward pass
-    """
-
-    sweep: int
-    windows: int
-    rows: int
-    results: list[WindowResult]
-    unseen: list[str]
-
-    def record(self, unfinished: Unfinished | None = None) -> dict[str, Any]:
-        """JSON-like; tensors are saved apart from it."""
-        record = asdict(self)
-        if unfinished is not None:
-            record[UNFINISHED] = asdict(unfinished) | {"tensors": {}}
-        return record
-
-    @classmethod
-    def read(cls, record: dict[str, Any]) -> "_Progress":
-        results = [
-            WindowResult(**(result | {"window": Window(**result["window"])}))
-            for result in record["results"]
-        ]
-        return cls(
-            record["sweep"],
-            record["windows"],
-            record["rows"],
-            results,
-            record["unseen"],
-        )
 
 
 def stage_ratios(ratio: float) -> list[float]:
@@ -206,7 +152,7 @@ class _Walk:
             if settings.stage_order == "window"
             else [[ratio] for ratio in ratios]
         )
-        self.progress = _Progress(0, 0, decoder.limit.rows, [], [])
+        self.progress = Progress(0, 0, decoder.limit.rows, [], [])
         self.unfinished: Unfinished | None = None
         self.fold_errors: dict[int, float] = {}
 
@@ -247,7 +193,7 @@ class _Walk:
         if record is None:
             self.saved.save(self.progress.record(), {})
             return
-        self.progress = _Progress.read(record)
+        self.progress = Progress.read(record)
         self.decoder.limit.rows = self.progress.rows
         self.decoder.unseen = self.progress.unseen
         if UNFINISHED in record:
@@ -368,10 +314,6 @@ class _Walk:
         steps = len(list(row_batches(lengths, size, order)))
         layers = sum(map(len, self.windows if windows is None else windows))
         return layers * self.settings.epochs * steps
-
-
-def layer_role(index: int) -> str:
-    return f"layer-{index:04d}"
 
 
 def _layer_tensors(decoder: Decoder, index: int) -> dict[str, Tensor]:

@@ -9,7 +9,16 @@ import torch
 from loguru import logger
 from torch import nn
 
-__all__ = ["RowLimit", "free_bytes", "out_of_memory", "rows_that_fit", "step_bytes"]
+from llmc_faq_slider.slider.head import JUDGED_TOKENS
+
+__all__ = [
+    "RowLimit",
+    "free_bytes",
+    "out_of_memory",
+    "row_limit",
+    "rows_that_fit",
+    "step_bytes",
+]
 
 T = TypeVar("T")
 
@@ -110,6 +119,30 @@ def _left_of_group() -> int | None:
         return None
     cache = dict(zip(counts[::2], counts[1::2], strict=False)).get("inactive_file", "0")
     return int(limit) - used + int(cache)
+
+
+def row_limit(
+    model: nn.Module,
+    windows: Iterable[Iterable[tuple[nn.Module, Iterable[str]]]],
+    longest: int,
+    batch_size: int,
+    compares_logits: bool,
+    device: torch.device,
+) -> RowLimit:
+    """
+    As many rows at a time as a training step is estimated to have room for.
+
+    :param windows: layers that learn together, each with the names of its linears
+    :param longest: tokens of the longest row
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    logits = JUDGED_TOKENS * len(head.weight) if compares_logits and head else 0
+    linears: list[list[nn.Linear]] = [
+        [layer.get_submodule(name) for layer, names in window for name in names]  # type: ignore[misc]
+        for window in windows
+    ]
+    fixed, each = step_bytes(linears, longest, logits)
+    return RowLimit(rows_that_fit(batch_size, fixed, each, free_bytes(device)))
 
 
 def step_bytes(

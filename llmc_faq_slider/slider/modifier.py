@@ -47,7 +47,7 @@ from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.slider.checkpoint import Checkpoint, open_checkpoint
 from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
-from llmc_faq_slider.slider.head import JUDGED_TOKENS, OutputHead, frozen
+from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.interruption import StopRequest, stop_on_signals
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
@@ -55,12 +55,7 @@ from llmc_faq_slider.slider.learner import (
     learn_windows,
 )
 from llmc_faq_slider.slider.loss import CountedTokens
-from llmc_faq_slider.slider.memory import (
-    RowLimit,
-    free_bytes,
-    rows_that_fit,
-    step_bytes,
-)
+from llmc_faq_slider.slider.memory import RowLimit, row_limit
 from llmc_faq_slider.slider.proposal import propose_windows
 from llmc_faq_slider.slider.sensitivity import (
     measure_sensitivity,
@@ -68,7 +63,7 @@ from llmc_faq_slider.slider.sensitivity import (
 )
 from llmc_faq_slider.slider.stream import DecoderCalls, capture_decoder
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
-from llmc_faq_slider.slider.windows import Window, window_schedule
+from llmc_faq_slider.slider.windows import window_schedule
 
 __all__ = ["SliderQuantModifier"]
 
@@ -288,7 +283,14 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 if self.loss_on_responses
                 else CountedTokens.all([len(row) for row in rows])
             )
-            limit = self._row_limit(model, windows, layers, grids, rows, device)
+            limit = row_limit(
+                model,
+                [[(layers[i], grids.get(i, {})) for i in w.layers] for w in windows],
+                max(map(len, rows)),
+                self.batch_size,
+                self.match_logits or self.closing_epochs > 0,
+                device,
+            )
             saved = stop = None
             if self._folder is not None:
                 fingerprint = run_fingerprint(model, self, rows, masks, windows)
@@ -324,6 +326,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                     saved,
                     stop,
                 )
+            if stop is not None and stop.requested:
+                logger.warning("SliderQuant: stopped; this stage is done and saved.")
+                raise stop.exit()
         model.train(training)
         names = [name for name, _ in named]
         self._warnings = conclude(
@@ -431,30 +436,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 f"{problem} SliderQuant cannot learn from them: give it a model whose "
                 "weights are whole."
             )
-
-    def _row_limit(
-        self,
-        model: nn.Module,
-        windows: list[Window],
-        layers: list[nn.Module],
-        grids: dict[int, dict[str, LinearGrids]],
-        rows: list[Tensor],
-        device: torch.device,
-    ) -> RowLimit:
-        """As many rows at a time as a training step is estimated to have room for."""
-        longest = max(map(len, rows))
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        logits = JUDGED_TOKENS * len(head.weight) if self.match_logits and head else 0
-        fixed, each = step_bytes(
-            (
-                [layers[i].get_submodule(n) for i in w.layers for n in grids.get(i, {})]  # type: ignore[misc]
-                for w in windows
-            ),
-            longest,
-            logits,
-        )
-        free = free_bytes(device)
-        return RowLimit(rows_that_fit(self.batch_size, fixed, each, free))
 
     def _settings(self) -> LearningSettings:
         return LearningSettings(

@@ -7,8 +7,6 @@ sees the output of the quantised prefix, so it also corrects the error made befo
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from loguru import logger
@@ -17,7 +15,12 @@ from tqdm import tqdm
 
 from llmc_faq_slider.slider.decoder import Decoder
 from llmc_faq_slider.slider.interruption import StopRequest
-from llmc_faq_slider.slider.learnables import Kind
+from llmc_faq_slider.slider.learning_state import (
+    LearningSettings,
+    Stopped,
+    Unfinished,
+    WindowResult,
+)
 from llmc_faq_slider.slider.loss import judged_rows, output_loss
 from llmc_faq_slider.slider.optimizer import (
     SignDescent,
@@ -29,88 +32,10 @@ from llmc_faq_slider.slider.stream import epoch_batches, row_batches
 from llmc_faq_slider.slider.student import StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
-__all__ = ["LearningSettings", "Stopped", "Unfinished", "WindowResult", "learn_window"]
+__all__ = ["learn_window"]
 
 RETRIES = 2
 RETRY_RATE = 0.1
-
-
-@dataclass(frozen=True)
-class LearningSettings:
-    """
-    :param ratio: intra-layer ratio γ; ``1 / γ`` stages, 1.0 for a single one
-    :param stage_order: all stages inside each window (the paper), or one sweep over all
-        windows per stage (the released code)
-    :param epochs: passes over the calibration rows per window, shared by its stages
-    :param batch_size: rows per optimiser step
-    :param low_rank: rank of the low-rank update, 0 for none
-    :param rounding_travel: how far a rounding offset can travel in one window and
-        stage, in steps of the weight grid; 0 learns no offsets
-    :param channel_scales: learn channel scales where they fold; ``auto`` does so in
-        layers with quantised inputs
-    :param learning_rates: AdamW's first learning rate per kind of learnable; it decays
-        linearly to zero within each window and stage
-    :param compute_dtype: dtype of the student's matrix products
-    :param seed: seeds low-rank starts and the order of rows
-    """
-
-    ratio: float
-    stage_order: Literal["window", "sweep"]
-    epochs: int
-    batch_size: int
-    low_rank: int
-    rounding_travel: float
-    channel_scales: bool | Literal["auto"]
-    learning_rates: dict[Kind, float]
-    compute_dtype: torch.dtype
-    seed: int
-
-
-@dataclass
-class WindowResult:
-    """
-    What one window reached.
-
-    :param loss: what it lowered, see :func:`output_loss`
-    :param kept_start: its end was no better, so the start was kept
-    :param retries: times it began anew at a lower rate after a loss that was not finite
-    """
-
-    window: Window
-    start_loss: float
-    loss: float
-    seconds: float
-    kept_start: bool = False
-    retries: int = 0
-
-
-@dataclass
-class Unfinished:
-    """
-    A window between two optimiser steps.
-
-    :param attempt: times it began anew before
-    :param stage: number of the intra-layer stage
-    :param step: optimiser steps done in that stage
-    :param seconds: spent on it
-    :param scaler: state of the gradient scaler
-    :param tensors: learned tensors and optimiser states
-    """
-
-    attempt: int
-    stage: int
-    step: int
-    seconds: float
-    scaler: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Stopped(Exception):
-    """Training stopped between two steps, as it was asked to."""
-
-    def __init__(self, unfinished: Unfinished):
-        super().__init__("stopped between two steps")
-        self.unfinished = unfinished
 
 
 class _NotFinite(Exception):

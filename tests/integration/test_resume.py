@@ -59,7 +59,9 @@ def test_another_run_is_refused_and_the_state_stays(small_model, tmp_path):
 
     refused("recipe.batch_size is 4 there and 2 here", batch_size=2)
     refused("recipe.seed is 0 there and 7 here", seed=7)
-    refused("data.ids differs; .*data.rows is 4 there", rows=calibration_set(small_model))
+    refused(
+        "data.ids differs; .*data.rows is 4 there", rows=calibration_set(small_model)
+    )
     other = load(small_model)
     with torch.no_grad():
         other.model.layers[5].mlp.up_proj.weight[3, 3] += 1

@@ -15,9 +15,9 @@ from llmc_faq_slider.host.postconditions import (
     check_seen,
     conclude,
 )
+from llmc_faq_slider.slider.learning_state import WindowResult
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids
-from llmc_faq_slider.slider.window_training import WindowResult
 from llmc_faq_slider.slider.windows import Window
 
 pytestmark = pytest.mark.unit
