@@ -15,13 +15,14 @@ MODEL ?=
 RECIPE ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq test \
-	quality format clean
+	chaos quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,9 @@ bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARG
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(VENV)/.ready ## 50 runs killed at random moments, then compared [CHAOS_ARGS=...]
+	$(BIN)/python tests/chaos.py --kills 50 $(CHAOS_ARGS)
 
 bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)

@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipping_lr_3e-2": {"clipping_lr": 3e-2},
     "channel_scales": {"channel_scales": True},
     "no_channel_scales": {"channel_scales": False},
-    "hidden_states_to_the_end": {"match_logits": False},
     "epochs_2": {"epochs": 2},
     "epochs_15": {"epochs": 15},
     "no_closing": {"closing_epochs": 0},

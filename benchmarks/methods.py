@@ -33,7 +33,6 @@ METHODS = {
 PAPER: dict[str, Any] = {
     "ratio": 0.5,
     "rounding_travel": 0,
-    "match_logits": False,
     "channel_scales": True,
     "low_rank_lr": 1e-4,
     "clipping_lr": 1e-2,

@@ -7,28 +7,34 @@ Below the root, the logs in ``candidates/<key>/`` only ever grow, and
 setting never meets a stale file.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from loguru import logger
 from safetensors.torch import load_file, save_file
+
+from llmc_faq_slider.files import (
+    FolderBusyError,
+    exclusive,
+    file_hash,
+    settle,
+    write_json,
+    writing,
+)
 
 _KEY_DIGITS = 16
 DATA = "calibration.safetensors"
 MESSAGES = "messages.jsonl"
 MANIFEST = "manifest.json"
 
-
-class StoreBusyError(RuntimeError):
-    """Another process works on the same candidates."""
+StoreBusyError = FolderBusyError
 
 
 @dataclass(frozen=True)
@@ -135,33 +141,22 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
 
-    @contextmanager
-    def locked(self, key: str) -> Iterator[None]:
+    def locked(self, key: str) -> AbstractContextManager[None]:
         """Keep the candidates of a key to this process, which may end in any way.
 
         :raises StoreBusyError: while another process has them
+        :raises WriteError: if the folder cannot be written to
         """
-        folder = self._candidate_folder(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreBusyError(
-                    f"{folder} is in use by process {_owner(file)}. Wait for it to "
-                    "end, or give this run a `cache_dir` of its own."
-                ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
+        advice = "give this run a `cache_dir` of its own"
+        return exclusive(self._candidate_folder(key), advice)
 
     def candidates(self, key: str, settings: Mapping[str, Any]) -> CandidateLog:
         """The log of one key; ``settings`` are written beside it for readers."""
         folder = self._candidate_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         log = CandidateLog(folder / "candidates.jsonl")
-        _write_json(folder / "settings.json", settings)
+        with writing(folder):
+            write_json(folder / "settings.json", settings)
         return log
 
     def scores(self, key: str, expert_key: str) -> ScoreLog:
@@ -180,7 +175,7 @@ class Store:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except ValueError:
             manifest = {}
-        found = {name: _file_hash(folder / name) for name in (DATA, MESSAGES)}
+        found = {name: file_hash(folder / name) for name in (DATA, MESSAGES)}
         if manifest.get("sha256") != found:
             logger.warning(
                 f"FAQ: {folder} does not match its manifest and is built anew"
@@ -204,16 +199,17 @@ class Store:
         :param messages: a record per sample
         """
         folder = self.dataset_folder(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {name: folder / (name + ".part") for name in (DATA, MESSAGES)}
-        save_file({"input_ids": input_ids, "loss_mask": loss_mask}, parts[DATA])
-        lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
-        parts[MESSAGES].write_text("".join(lines), encoding="utf-8")
-        hashes = {name: _file_hash(part) for name, part in parts.items()}
-        full = {**manifest, "key": key, "sha256": hashes}
-        for name, part in parts.items():
-            _settle(part, folder / name)
-        _write_json(folder / MANIFEST, full)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            parts = {name: folder / (name + ".part") for name in (DATA, MESSAGES)}
+            save_file({"input_ids": input_ids, "loss_mask": loss_mask}, parts[DATA])
+            lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
+            parts[MESSAGES].write_text("".join(lines), encoding="utf-8")
+            hashes = {name: file_hash(part) for name, part in parts.items()}
+            full = {**manifest, "key": key, "sha256": hashes}
+            for name, part in parts.items():
+                settle(part, folder / name)
+            write_json(folder / MANIFEST, full)
         return CalibrationSet(input_ids, loss_mask, full, False, folder)
 
     def _candidate_folder(self, key: str) -> Path:
@@ -237,7 +233,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
+    with writing(path), path.open("ab") as file:
         # one write, so that a kill leaves at most one incomplete line, at the end
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
@@ -249,27 +245,3 @@ def _spoilt(path: Path, number: int, error: Exception) -> ValueError:
         f"line {number} of {path} cannot be read ({error}); remove the file to have "
         "its content made again"
     )
-
-
-def _owner(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read(20).strip() or "of unknown number"
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    part.write_text(text, encoding="utf-8")
-    _settle(part, path)
-
-
-def _settle(part: Path, path: Path) -> None:
-    """Put a finished file in its place in one step that survives a power cut."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)

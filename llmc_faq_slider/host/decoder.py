@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from loguru import logger
 from torch import Tensor, nn
 
-__all__ = ["calibration_rows", "decoder_layers", "split_targets"]
+from llmc_faq_slider.slider.loss import CountedTokens
+
+__all__ = [
+    "calibration_rows",
+    "calibration_samples",
+    "counted_tokens",
+    "decoder_layers",
+    "split_targets",
+]
 
 
 def decoder_layers(
@@ -60,16 +69,25 @@ def split_targets(
 
 
 def calibration_rows(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Token ids of every calibration sample: :func:`calibration_samples`."""
+    return calibration_samples(batches)[0]
+
+
+def calibration_samples(
+    batches: Iterable[Mapping[str, Any]],
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """
-    Token ids of every calibration sample, without padding.
+    Token ids and loss mask of every calibration sample, without padding.
 
     :param batches: what a calibration DataLoader yields: ``input_ids`` int64
-        ``[batch, length]`` and optionally ``attention_mask``
+        ``[batch, length]``, optionally ``attention_mask`` and ``loss_mask`` alike
     :return: one int64 tensor ``[tokens]`` per sample of at least two tokens, in an
-        order that does not depend on the loader's shuffling
+        order that does not depend on the loader's shuffling, and bool ``[1, tokens]``
+        or None per sample that has no loss mask
     :raises ValueError: if batches hold no token ids or no sample is usable
     """
-    rows: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor | None]] = []
+    short = 0
     for batch in batches:
         if "input_ids" not in batch:
             raise ValueError(
@@ -79,14 +97,49 @@ def calibration_rows(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
             )
         ids = torch.as_tensor(batch["input_ids"])
         mask = batch.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-        for sample, valid in zip(ids, mask, strict=True):
-            tokens = sample[valid.bool()]
-            if len(tokens) > 1:
-                rows.append(tokens)
-    if not rows:
+        valid = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        counted = batch.get("loss_mask")
+        for number, (sample, real) in enumerate(zip(ids, valid.bool(), strict=True)):
+            tokens = sample[real]
+            if len(tokens) < 2:
+                short += 1
+                continue
+            counts = None
+            if counted is not None:
+                counts = torch.as_tensor(counted)[number][real].bool().unsqueeze(0)
+            found.append((tokens, counts))
+    if not found:
         raise ValueError(
             "The calibration data holds no sample of two tokens or more. Give oneshot "
             "a data set, or put a FAQModifier before SliderQuantModifier."
         )
-    return sorted(rows, key=lambda row: row.tolist())
+    if short:
+        logger.warning(
+            f"SliderQuant leaves out {short} of {len(found) + short} calibration "
+            "samples: they have fewer than two tokens."
+        )
+    found.sort(
+        key=lambda row: (row[0].tolist(), [] if row[1] is None else row[1].tolist())
+    )
+    return [tokens for tokens, _ in found], [counts for _, counts in found]
+
+
+def counted_tokens(rows: list[Tensor], masks: list[Tensor | None]) -> CountedTokens:
+    """
+    Tokens whose errors count, by the loss masks; all of a row that has none.
+
+    :raises ValueError: if no token is left
+    """
+    tokens = CountedTokens([len(row) for row in rows], masks)
+    if not tokens.count([*range(len(rows))]):
+        raise ValueError(
+            f"loss_on_responses is set, but the loss masks of all {len(rows)} "
+            "calibration rows are zero. Give rows with responses, or leave "
+            "loss_on_responses out."
+        )
+    if all(mask is None for mask in masks):
+        logger.warning(
+            "loss_on_responses is set, but the calibration data has no loss_mask: all "
+            "tokens count."
+        )
+    return tokens

@@ -12,16 +12,26 @@ second phase) does the same with the training loss on text.
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import JUDGED_ROWS, OutputHead, divergences
-from llmc_faq_slider.slider.optimizer import linear_decay
+from llmc_faq_slider.slider.checkpoint import Checkpoint
+from llmc_faq_slider.slider.head import OutputHead, divergences
+from llmc_faq_slider.slider.interruption import StopRequest
+from llmc_faq_slider.slider.loss import CountedTokens, judged_rows
+from llmc_faq_slider.slider.memory import RowLimit
+from llmc_faq_slider.slider.optimizer import (
+    linear_decay,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from llmc_faq_slider.slider.stream import (
     DecoderCalls,
     epoch_batches,
@@ -31,6 +41,10 @@ from llmc_faq_slider.slider.stream import (
 from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids, QuantizedInputs
 
 __all__ = ["ClosingResult", "ClosingSettings", "TunedLinear", "tune_scales"]
+
+RETRIES = 2
+RETRY_RATE = 0.1
+CLOSING = "closing"
 
 
 @dataclass(frozen=True)
@@ -115,36 +129,106 @@ def tune_scales(
     targets: list[Tensor],
     settings: ClosingSettings,
     device: torch.device,
+    tokens: CountedTokens | None = None,
+    limit: RowLimit | None = None,
+    saved: Checkpoint | None = None,
+    stop: StopRequest | None = None,
 ) -> ClosingResult:
     """
     Tune the scales of all linears; the better of start and end stays in them.
 
+    A loss that is not finite puts the start back, and the pass begins anew at a tenth
+    of the rate, twice at most.
+
     :param linears: quantised linears by layer index and name
     :param hidden: input of the first layer per row, ``[1, length, hidden]``
     :param targets: full-precision output of the last layer, likewise
+    :param tokens: whose divergences count, None for all
+    :param limit: rows per forward pass, None for ``batch_size``
+    :param saved: goes on from its newest state, and saves one after every epoch
+    :param stop: once set, the pass stops after the step at hand, with a state saved
     """
     tuned = [linear for layer in linears.values() for linear in layer.values()]
     factors = [linear.factor for linear in tuned]
     lengths = [row.shape[1] for row in hidden]
+    counted = tokens or CountedTokens.all(lengths)
+    pieces = limit or RowLimit(settings.batch_size)
     batches = epoch_batches(
         lengths, settings.batch_size, settings.epochs, settings.seed
     )
-    judged = list(
-        row_batches(lengths, settings.batch_size, [*range(len(hidden))][:JUDGED_ROWS])
-    )
-    optimizer = torch.optim.AdamW(factors, settings.learning_rate, weight_decay=0.0)
-    schedule = linear_decay(optimizer, len(batches))
+    per_epoch = len(batches) // settings.epochs
+    judged = judged_rows(counted)
 
-    def loss_of(batch: list[int]) -> Tensor:
-        state = torch.cat([hidden[i] for i in batch]).to(device)
-        target = torch.cat([targets[i] for i in batch]).to(device)
+    def loss_of(rows: list[int]) -> Tensor:
+        state = torch.cat([hidden[i] for i in rows]).to(device)
+        target = torch.cat([targets[i] for i in rows]).to(device)
         for index in range(len(calls.layers)):
             state = checkpoint(calls.run, index, state, use_reentrant=False)
-        return divergences(head, state, target).mean()
+        return divergences(head, state, target, counted.mask(rows, device)).mean()
 
     @torch.no_grad()
     def judge() -> float:
-        return sum(loss_of(batch).item() for batch in judged) / len(judged)
+        def loss() -> float:
+            found = row_batches(lengths, pieces.rows, judged)
+            total = sum(loss_of(rows).item() * counted.count(rows) for rows in found)
+            return total / counted.count(judged)
+
+        return pieces.run(loss)
+
+    def step(
+        rows: list[int], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> float:
+        total = counted.count(rows)
+        if not total:
+            # Without gradients it changes nothing, but the schedule waits for it.
+            optimizer.step()
+            return 0.0
+
+        def gradients() -> float:
+            loss = 0.0
+            for piece in pieces.pieces(rows):
+                if share := counted.count(piece) / total:
+                    part = loss_of(piece) * share
+                    scaler.scale(part).backward()
+                    loss += part.item()
+            return loss
+
+        loss = pieces.run(gradients, optimizer.zero_grad)
+        if isfinite(loss):
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def descend(attempt: int) -> bool:
+        """All steps that are left of an attempt; whether every loss was finite."""
+        rate = settings.learning_rate * RETRY_RATE**attempt
+        optimizer = torch.optim.AdamW(factors, rate, weight_decay=0.0)
+        schedule = linear_decay(optimizer, len(batches))
+        half = hidden[0].dtype == torch.float16
+        scaler = torch.amp.GradScaler(device.type, enabled=half)
+        done = _restore(saved, attempt, factors, optimizer, schedule, scaler)
+        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
+            bar.update(done)
+            for number, rows in enumerate(batches[done:], start=done + 1):
+                loss = step(rows, optimizer, scaler)
+                if not isfinite(loss):
+                    return False
+                schedule.step()
+                bar.set_postfix(kl=f"{loss:.3e}")
+                bar.update()
+                stopping = stop is not None and stop.requested
+                if saved is not None and (stopping or number % per_epoch == 0):
+                    _save(saved, attempt, number, factors, optimizer, scaler)
+                if stop is not None and stopping:
+                    _say_stopped(stop, saved, number, len(batches))
+                    raise stop.exit()
+        return True
+
+    def reset() -> None:
+        with torch.no_grad():
+            for factor in factors:
+                factor.fill_(1.0)
 
     with ExitStack() as stack:
         for layer in linears.values():
@@ -155,18 +239,80 @@ def tune_scales(
             }
             stack.enter_context(replaced_forwards(forwards))
         start_loss = judge()
-        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
-            for batch in batches:
-                loss = loss_of(batch)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                bar.set_postfix(kl=f"{loss.item():.3e}")
-                bar.update()
-        result = ClosingResult(start_loss, judge())
+        for attempt in range(_attempts(saved), RETRIES + 1):
+            result = ClosingResult(start_loss, judge() if descend(attempt) else nan)
+            if isfinite(result.loss):
+                break
+            reset()
+            logger.warning(
+                f"closing pass, attempt {attempt + 1}: the loss is not finite"
+            )
     if result.kept_start:
-        with torch.no_grad():
-            for factor in factors:
-                factor.fill_(1.0)
+        reset()
+        result.loss = start_loss
     return result
+
+
+def _attempts(saved: Checkpoint | None) -> int:
+    """The attempt that a saved state is in."""
+    progress = saved.progress if saved is not None else None
+    return progress[CLOSING]["attempt"] if progress and CLOSING in progress else 0
+
+
+def _save(
+    saved: Checkpoint,
+    attempt: int,
+    step: int,
+    factors: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    tensors = {
+        f"factor.{number}": factor.detach().clone()
+        for number, factor in enumerate(factors)
+    }
+    for name, tensor in optimizer_tensors(optimizer).items():
+        tensors[f"optimizer.{name}"] = tensor
+    where = {"attempt": attempt, "step": step, "scaler": scaler.state_dict()}
+    saved.save({**(saved.progress or {}), CLOSING: where}, {CLOSING: tensors})
+
+
+@torch.no_grad()
+def _restore(
+    saved: Checkpoint | None,
+    attempt: int,
+    factors: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    scaler: torch.amp.GradScaler,
+) -> int:
+    """Take up a saved state of the same attempt; the steps it has done."""
+    if saved is None or CLOSING not in saved or _attempts(saved) != attempt:
+        return 0
+    assert saved.progress is not None
+    where, tensors = saved.progress[CLOSING], saved.tensors(CLOSING)
+    for number, factor in enumerate(factors):
+        factor.copy_(tensors[f"factor.{number}"])
+    states = {
+        name.removeprefix("optimizer."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.")
+    }
+    restore_optimizer(optimizer, schedule, states, where["step"])
+    scaler.load_state_dict(where["scaler"])
+    return where["step"]
+
+
+def _say_stopped(
+    stop: StopRequest, saved: Checkpoint | None, step: int, steps: int
+) -> None:
+    assert stop.signal is not None
+    logger.warning(
+        f"SliderQuant: stopped by {stop.signal.name} after step {step} of {steps} of "
+        "the closing pass. "
+        + (
+            f"Run the same command again to go on; the state is in {saved.folder}."
+            if saved is not None
+            else "Without checkpoint_dir nothing was saved."
+        )
+    )

@@ -54,7 +54,9 @@ class OutputHead:
         return logits.float().log_softmax(dim=-1)
 
 
-def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
+def divergences(
+    head: OutputHead, output: Tensor, target: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """
     KL divergence of the next-token distribution from full precision, in nats.
 
@@ -62,10 +64,16 @@ def divergences(head: OutputHead, output: Tensor, target: Tensor) -> Tensor:
     its hidden state lacks, and its directions do not count alike for the logits.
 
     :param output: last hidden states ``[rows, length, hidden]``
-    :return: fp32 ``[1, tokens]`` of at most :data:`JUDGED_TOKENS` tokens, evenly spaced
+    :param mask: bool ``[rows, length]``, which tokens count; None for all
+    :return: fp32 ``[1, tokens]`` of at most :data:`JUDGED_TOKENS` tokens that count,
+        evenly spaced
     """
     tokens = output.shape[0] * output.shape[1]
-    chosen = torch.arange(0, tokens, -(-tokens // JUDGED_TOKENS), device=output.device)
+    if mask is None:
+        counted = torch.arange(tokens, device=output.device)
+    else:
+        counted = mask.flatten().nonzero().squeeze(-1)
+    chosen = counted[:: max(1, -(-len(counted) // JUDGED_TOKENS))]
     with torch.no_grad():
         expected = head.log_probabilities(target.flatten(0, 1)[chosen].unsqueeze(0))
     found = head.log_probabilities(output.flatten(0, 1)[chosen].unsqueeze(0))

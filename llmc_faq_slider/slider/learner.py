@@ -1,93 +1,50 @@
-"""The learning loop: windows slide over the decoder, each is trained stage by stage.
+"""The walk over windows: each is trained, then the streams move on behind it.
 
-Source: SliderQuant §3.2 (windows, intra-layer stages) and appendix B.2 (training).
-For every window the target is the full-precision layers' output on the full-precision
-path; the student sees the output of the quantised prefix, so it also corrects the error
-made before it.
+Source: SliderQuant §3.2 (windows, intra-layer stages). For every window the target is
+the full-precision layers' output on the full-precision path.
+
+A state is saved after every window. It holds the learned tensors of all layers seen so
+far and the mean squares from which their students start; students, streams and commits
+follow from these and from the model by the same computations as before, so that a run
+that goes on ends with the same bits.
 """
 
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import JUDGED_ROWS, OutputHead, divergences
-from llmc_faq_slider.slider.learnables import Kind
-from llmc_faq_slider.slider.optimizer import SignDescent, linear_decay
-from llmc_faq_slider.slider.stream import DecoderCalls, epoch_batches, row_batches
+from llmc_faq_slider.slider.checkpoint import Checkpoint
+from llmc_faq_slider.slider.decoder import Decoder, LayerGrids, committed_error
+from llmc_faq_slider.slider.interruption import StopRequest
+from llmc_faq_slider.slider.learning_state import (
+    UNFINISHED,
+    Learned,
+    LearningSettings,
+    Progress,
+    Stopped,
+    Unfinished,
+    WindowResult,
+    layer_role,
+)
+from llmc_faq_slider.slider.loss import CountedTokens
+from llmc_faq_slider.slider.memory import RowLimit
+from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
+from llmc_faq_slider.slider.window_training import learn_window
 from llmc_faq_slider.slider.windows import Window
 
-__all__ = ["LearningSettings", "WindowResult", "learn_windows", "stage_ratios"]
+__all__ = [
+    "Learned",
+    "LearningSettings",
+    "WindowResult",
+    "learn_windows",
+    "stage_ratios",
+]
 
 Commit = Callable[[int, FoldedLayer], None]
-
-
-@dataclass(frozen=True)
-class LearningSettings:
-    """
-    :param ratio: intra-layer ratio γ; ``1 / γ`` stages, 1.0 for a single one
-    :param stage_order: all stages inside each window (the paper), or one sweep over all
-        windows per stage (the released code)
-    :param epochs: passes over the calibration rows per window, shared by its stages
-    :param batch_size: rows per optimiser step
-    :param low_rank: rank of the low-rank update, 0 for none
-    :param rounding_travel: how far a rounding offset can travel in one window and
-        stage, in steps of the weight grid; 0 learns no offsets
-    :param channel_scales: learn channel scales where they fold; ``auto`` does so in
-        layers with quantised inputs
-    :param learning_rates: AdamW's first learning rate per kind of learnable; it decays
-        linearly to zero within each window and stage
-    :param compute_dtype: dtype of the student's matrix products
-    :param seed: seeds low-rank starts and the order of rows
-    """
-
-    ratio: float
-    stage_order: Literal["window", "sweep"]
-    epochs: int
-    batch_size: int
-    low_rank: int
-    rounding_travel: float
-    channel_scales: bool | Literal["auto"]
-    learning_rates: dict[Kind, float]
-    compute_dtype: torch.dtype
-    seed: int
-
-
-@dataclass
-class WindowResult:
-    """What one window reached; losses are what it lowered: see :func:`_errors`."""
-
-    window: Window
-    start_loss: float
-    loss: float
-    seconds: float
-    kept_start: bool = False
-
-
-@dataclass
-class _Decoder:
-    """The model between the embedding and the head, and its two streams."""
-
-    calls: DecoderCalls
-    full_precision: list[Tensor]
-    quantized: list[Tensor]
-    device: torch.device
-    head: OutputHead | None
-    students: dict[int, StudentLayer] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [row.shape[1] for row in self.full_precision]
-
-    def batch(self, rows: list[Tensor], indices: list[int]) -> Tensor:
-        return torch.cat([rows[i] for i in indices]).to(self.device)
 
 
 def stage_ratios(ratio: float) -> list[float]:
@@ -99,13 +56,16 @@ def stage_ratios(ratio: float) -> list[float]:
 def learn_windows(
     calls: DecoderCalls,
     hidden: list[Tensor],
-    grids: dict[int, dict[str, LinearGrids]],
+    grids: LayerGrids,
     windows: list[Window],
     settings: LearningSettings,
     device: torch.device,
     commit: Commit,
-    head: OutputHead | None = None,
-) -> tuple[list[WindowResult], list[Tensor]]:
+    tokens: CountedTokens | None = None,
+    limit: RowLimit | None = None,
+    saved: Checkpoint | None = None,
+    stop: StopRequest | None = None,
+) -> Learned:
     """
     Learn every window in order and hand each layer to ``commit`` after its last visit.
 
@@ -116,303 +76,244 @@ def learn_windows(
     :param windows: training order from :func:`window_schedule`
     :param commit: writes the folded layer into the model; the layer must then compute
         with its quantised weights
-    :param head: with it, windows that end at the last layer match the next-token
-        distribution instead of the hidden states
-    :return: one result per window, of its last stage, and the full-precision output of
-        the last layer per row
+    :param tokens: whose errors count, None for all
+    :param limit: rows per forward pass, None for ``batch_size``
+    :param saved: goes on from its newest state, and saves one after every window
+    :param stop: once set, training stops after the step at hand, with a state saved
+    :raises KeyboardInterrupt: when stopped by SIGINT; SystemExit when by SIGTERM
+    :raises ValueError: if the full-precision layers' output is not finite
+    :raises MemoryError: if a step with one row does not fit
     """
-    decoder = _Decoder(calls, list(hidden), list(hidden), device, head)
-    if settings.stage_order == "window":
-        sweeps = [stage_ratios(settings.ratio)]
-    else:
-        sweeps = [[ratio] for ratio in stage_ratios(settings.ratio)]
-    stages = sum(map(len, sweeps))
-    epochs = [
-        settings.epochs // stages + (k < settings.epochs % stages)
-        for k in range(stages)
-    ][::-1]
-    steps_per_epoch = len(
-        list(row_batches(decoder.lengths, settings.batch_size, [*range(len(hidden))]))
+    decoder = Decoder(
+        calls,
+        list(hidden),
+        list(hidden),
+        device,
+        grids,
+        lambda index, importance: _student(calls, index, grids, importance, settings),
+        tokens or CountedTokens.all([row.shape[1] for row in hidden]),
+        limit or RowLimit(settings.batch_size),
     )
-    layer_steps = sum(map(len, windows)) * settings.epochs * steps_per_epoch
-
-    results: list[WindowResult] = []
-    with tqdm(total=layer_steps, unit="layer-step", desc="SliderQuant") as bar:
-        for sweep, ratios in enumerate(sweeps):
-            last_sweep = sweep == len(sweeps) - 1
-            decoder.full_precision = list(hidden)
-            decoder.quantized = list(hidden)
-            for number, window in enumerate(windows):
-                bar.set_description(f"window {number + 1}/{len(windows)} {window}")
-                done_epochs = sweep if settings.stage_order == "sweep" else 0
-                result = _learn_window(
-                    decoder,
-                    grids,
-                    window,
-                    dict(zip(ratios, epochs[done_epochs:], strict=False)),
-                    settings,
-                    bar,
-                )
-                if last_sweep:
-                    results.append(result)
-                following = (
-                    windows[number + 1].start
-                    if number + 1 < len(windows)
-                    else window.stop
-                )
-                for index in range(window.start, following):
-                    _advance(decoder, index, ratios[-1], settings.batch_size)
-                    if last_sweep and index in decoder.students:
-                        commit(index, decoder.students.pop(index).fold())
-    return results, decoder.full_precision
-
-
-def _learn_window(
-    decoder: _Decoder,
-    grids: dict[int, dict[str, LinearGrids]],
-    window: Window,
-    epochs: dict[float, int],
-    settings: LearningSettings,
-    bar: tqdm,
-) -> WindowResult:
-    """Train one window through its stages; keep the better of its start and end."""
-    began = time.monotonic()
-    targets = _targets(decoder, grids, window, settings)
-    if not _window_students(decoder, window):
-        return WindowResult(window, 0.0, 0.0, 0.0)
-    final_ratio = max(epochs)
-    start_loss = _window_loss(decoder, window, targets, final_ratio, settings)
-    start = [student.state() for student in _window_students(decoder, window)]
-    for ratio, count in epochs.items():
-        _train_stage(decoder, window, targets, ratio, count, settings, bar)
-    loss = _window_loss(decoder, window, targets, final_ratio, settings)
-    # Negated so that a loss that is not a number keeps the start too.
-    keep_start = not loss <= start_loss
-    if keep_start:
-        _restore(decoder, window, start)
-        loss = start_loss
-    seconds = time.monotonic() - began
-    result = WindowResult(window, start_loss, loss, seconds, keep_start)
-    logger.info(
-        f"{window} ({window.family}): loss {result.start_loss:.4e} -> "
-        f"{result.loss:.4e} in {result.seconds:.1f} s"
-        + (", start kept" if result.kept_start else "")
+    return _Walk(decoder, windows, settings, commit, saved, stop or StopRequest()).run(
+        hidden
     )
-    return result
 
 
-def _train_stage(
-    decoder: _Decoder,
-    window: Window,
-    targets: list[Tensor],
-    ratio: float,
-    epochs: int,
+def _student(
+    calls: DecoderCalls,
+    index: int,
+    grids: LayerGrids,
+    importance: dict[str, Tensor],
     settings: LearningSettings,
-    bar: tqdm,
-) -> None:
-    """
-    Descent on the window's learnables (appendix B.2: no weight decay, linear decay).
-
-    With rates that fall to zero the end is the best state there is but for noise.
-    """
-    students = _window_students(decoder, window)
-    # Every window meets the rows in an order of its own.
-    order_seed = settings.seed + 1000 * window.start + window.stop
-    batches = epoch_batches(decoder.lengths, settings.batch_size, epochs, order_seed)
-    optimizers = _optimizers(students, settings, len(batches))
-    schedules = [linear_decay(optimizer, len(batches)) for optimizer in optimizers]
-    per_epoch = len(batches) // max(1, epochs)
-    epoch_loss = 0.0
-    for step, batch in enumerate(batches):
-        loss = _batch_loss(decoder, window, targets, batch, ratio, settings)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for schedule in schedules:
-            schedule.step()
-        epoch_loss += loss.item() / per_epoch
-        bar.update(len(window))
-        if (step + 1) % per_epoch == 0:
-            bar.set_postfix(loss=f"{epoch_loss:.3e}", ratio=f"{ratio:.2f}")
-            epoch_loss = 0.0
-
-
-def _optimizers(
-    students: list[StudentLayer], settings: LearningSettings, steps: int
-) -> list[torch.optim.Optimizer]:
-    """AdamW without weight decay, and sign descent for rounding offsets."""
-    groups = []
-    for kind, rate in settings.learning_rates.items():
-        parameters = [p for student in students for p in student.parameters(kind)]
-        if parameters:
-            groups.append({"params": parameters, "lr": rate})
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
-    offsets = [p for student in students for p in student.parameters("rounding")]
-    if offsets:
-        # Rates that fall linearly to zero add up to half of the first one per step.
-        rate = 2 * settings.rounding_travel / max(1, steps)
-        optimizers.append(SignDescent(offsets, rate))
-    return optimizers
-
-
-def _batch_loss(
-    decoder: _Decoder,
-    window: Window,
-    targets: list[Tensor],
-    batch: list[int],
-    ratio: float,
-    settings: LearningSettings,
-) -> Tensor:
-    """Mean of :func:`_errors` over a batch of rows, with gradients."""
-    hidden = decoder.batch(decoder.quantized, batch)
-    with _installed(decoder, window, ratio, settings.compute_dtype):
-        output = decoder.calls.run_span(window.layers, hidden)
-        return _errors(decoder, window, output, decoder.batch(targets, batch)).mean()
-
-
-def _errors(
-    decoder: _Decoder, window: Window, output: Tensor, target: Tensor
-) -> Tensor:
-    """What a window lowers the mean of, per token ``[rows, length]``."""
-    if decoder.head is None or window.stop < len(decoder.calls.layers):
-        return token_errors(output, target)
-    return divergences(decoder.head, output, target)
-
-
-def token_errors(output: Tensor, target: Tensor) -> Tensor:
-    """
-    Squared error of each token's hidden state, relative to that state's square.
-
-    Departure from eq. (1), which averages plain squared errors: the norm in front of
-    every consumer removes a token's magnitude, and the few tokens with massive
-    activations would otherwise be all that a deep window learns.
-
-    :param output: ``[rows, length, hidden]``
-    :return: fp32 ``[rows, length]``
-    """
-    target = target.float()
-    error = (output.float() - target).square().mean(-1)
-    return error / target.square().mean(-1).clamp(min=1e-12)
-
-
-@torch.no_grad()
-def _window_loss(
-    decoder: _Decoder,
-    window: Window,
-    targets: list[Tensor],
-    ratio: float,
-    settings: LearningSettings,
-) -> float:
-    """Loss over up to :data:`JUDGED_ROWS` rows."""
-    total = 0.0
-    order = [*range(min(len(targets), JUDGED_ROWS))]
-    with _installed(decoder, window, ratio, settings.compute_dtype):
-        for batch in row_batches(decoder.lengths, settings.batch_size, order):
-            hidden = decoder.batch(decoder.quantized, batch)
-            output = decoder.calls.run_span(window.layers, hidden)
-            errors = _errors(decoder, window, output, decoder.batch(targets, batch))
-            total += errors.double().mean().item() * len(batch)
-    return total / len(order)
-
-
-@torch.no_grad()
-def _targets(
-    decoder: _Decoder,
-    grids: dict[int, dict[str, LinearGrids]],
-    window: Window,
-    settings: LearningSettings,
-) -> list[Tensor]:
-    """
-    Full-precision output of the window per row; starts students of new layers.
-
-    The same pass measures how strongly each input channel of the new layers is excited.
-    """
-    new = [i for i in window.layers if i in grids and i not in decoder.students]
-    sums: dict[tuple[int, str], Tensor] = {}
-    handles = []
-    for index in new:
-        for name in grids[index]:
-            module = decoder.calls.layers[index].get_submodule(name)
-            handles.append(
-                module.register_forward_pre_hook(_sum_squares(sums, (index, name)))
-            )
-    targets: list[Tensor] = [torch.empty(0)] * len(decoder.full_precision)
-    order = [*range(len(targets))]
-    for batch in row_batches(decoder.lengths, settings.batch_size, order):
-        hidden = decoder.batch(decoder.full_precision, batch)
-        output = decoder.calls.run_span(window.layers, hidden).cpu()
-        for row, index in enumerate(batch):
-            targets[index] = output[row : row + 1]
-    for handle in handles:
-        handle.remove()
-    tokens = sum(decoder.lengths)
-    for index in new:
-        decoder.students[index] = StudentLayer(
-            decoder.calls.layers[index],
-            grids[index],
-            {name: sums[index, name] / tokens for name in grids[index]},
-            settings.low_rank,
-            settings.rounding_travel > 0,
-            quantizes_inputs(grids[index])
-            if settings.channel_scales == "auto"
-            else settings.channel_scales,
-            torch.Generator().manual_seed(settings.seed + index),
-        )
-    return targets
+) -> StudentLayer:
+    return StudentLayer(
+        calls.layers[index],
+        grids[index],
+        importance,
+        settings.low_rank,
+        settings.rounding_travel > 0,
+        quantizes_inputs(grids[index])
+        if settings.channel_scales == "auto"
+        else settings.channel_scales,
+        torch.Generator().manual_seed(settings.seed + index),
+    )
 
 
 def quantizes_inputs(grids: dict[str, LinearGrids]) -> bool:
     return any(grid.input is not None for grid in grids.values())
 
 
-def _sum_squares(
-    sums: dict[tuple[int, str], Tensor], key: tuple[int, str]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares = args[0].float().square().flatten(0, -2).sum(0)
-        sums[key] = sums[key] + squares if key in sums else squares
+class _Walk:
+    """All sweeps over all windows, from the beginning or from a saved state."""
 
-    return hook
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: list[Window],
+        settings: LearningSettings,
+        commit: Commit,
+        saved: Checkpoint | None,
+        stop: StopRequest,
+    ):
+        self.decoder = decoder
+        self.windows = windows
+        self.settings = settings
+        self.commit = commit
+        self.saved = saved
+        self.stop = stop
+        ratios = stage_ratios(settings.ratio)
+        self.sweeps = (
+            [ratios]
+            if settings.stage_order == "window"
+            else [[ratio] for ratio in ratios]
+        )
+        self.progress = Progress(0, 0, decoder.limit.rows, [], [])
+        self.unfinished: Unfinished | None = None
+        self.fold_errors: dict[int, float] = {}
+
+    def run(self, hidden: list[Tensor]) -> Learned:
+        self._begin()
+        done = self.progress.sweep, self.progress.windows
+        with tqdm(
+            total=self._layer_steps(), unit="layer-step", desc="SliderQuant"
+        ) as bar:
+            for sweep in range(len(self.sweeps)):
+                if sweep < done[0]:
+                    bar.update(self._layer_steps() // len(self.sweeps))
+                    continue
+                self.decoder.full_precision = list(hidden)
+                self.decoder.quantized = list(hidden)
+                for number, window in enumerate(self.windows):
+                    place = f"{number + 1}/{len(self.windows)} {window}"
+                    bar.set_description(f"window {place}")
+                    self._wake(window)
+                    if (sweep, number) < done:
+                        bar.update(self._layer_steps([window]) // len(self.sweeps))
+                    else:
+                        self._learn(sweep, number, bar)
+                    self._move_on(sweep, number)
+        progress = self.progress
+        return Learned(
+            progress.results,
+            self.decoder.full_precision,
+            self.fold_errors,
+            progress.unseen,
+        )
+
+    def _begin(self) -> None:
+        """Take up the saved state, or save the first, before there is work to lose."""
+        if self.saved is None:
+            return
+        record = self.saved.progress
+        if record is None:
+            self.saved.save(self.progress.record(), {})
+            return
+        self.progress = Progress.read(record)
+        self.decoder.limit.rows = self.progress.rows
+        self.decoder.unseen = self.progress.unseen
+        if UNFINISHED in record:
+            self.unfinished = Unfinished(**record[UNFINISHED])
+            self.unfinished.tensors = self.saved.tensors(UNFINISHED)
+        done, total = self._windows_done(), len(self.windows) * len(self.sweeps)
+        logger.info(
+            f"SliderQuant: going on from {self.saved.folder} with {done} of {total} "
+            "windows finished"
+        )
+
+    def _windows_done(self) -> int:
+        return self.progress.sweep * len(self.windows) + self.progress.windows
+
+    def _wake(self, window: Window) -> None:
+        """Make saved students of a window's layers, as they were."""
+        for index in window.layers:
+            role = layer_role(index)
+            if self.saved is None or index in self.decoder.students:
+                continue
+            if role not in self.saved:
+                continue
+            tensors = self.saved.tensors(role)
+            self.decoder.add_student(
+                index,
+                {
+                    name: tensors[f"importance.{name}"].to(self.decoder.device)
+                    for name in self.decoder.grids[index]
+                },
+            )
+            self.decoder.students[index].restore(
+                [tensors[n] for n in sorted(tensors) if n.startswith("learned.")]
+            )
+
+    def _learn(self, sweep: int, number: int, bar: tqdm) -> None:
+        window = self.windows[number]
+        epochs = self._epochs()
+        # In sweeps every one has a single stage; else each window has them all.
+        first = sweep if self.settings.stage_order == "sweep" else 0
+        unfinished, self.unfinished = self.unfinished, None
+        try:
+            result = learn_window(
+                self.decoder,
+                window,
+                dict(zip(self.sweeps[sweep], epochs[first:], strict=False)),
+                self.settings,
+                bar,
+                self.stop,
+                unfinished,
+            )
+        except Stopped as stopped:
+            self._save_unfinished(window, stopped.unfinished)
+            raise self.stop.exit() from None
+        if sweep == len(self.sweeps) - 1:
+            self.progress.results.append(result)
+        self.progress.windows = number + 1
+        if number + 1 == len(self.windows) and sweep + 1 < len(self.sweeps):
+            self.progress.sweep, self.progress.windows = sweep + 1, 0
+        self._save(window)
+
+    def _save(self, window: Window) -> None:
+        self._note_decoder()
+        if self.saved is None:
+            return
+        tensors = {
+            layer_role(index): _layer_tensors(self.decoder, index)
+            for index in window.layers
+            if index in self.decoder.students
+        }
+        self.saved.save(self.progress.record(), tensors, drop=(UNFINISHED,))
+
+    def _save_unfinished(self, window: Window, unfinished: Unfinished) -> None:
+        assert self.stop.signal is not None
+        message = f"SliderQuant: stopped by {self.stop.signal.name} in {window}"
+        if self.saved is None:
+            logger.warning(f"{message}. Without checkpoint_dir nothing was saved.")
+            return
+        # Layers that the window is the first to visit start from the data again.
+        self._note_decoder()
+        tensors = {UNFINISHED: unfinished.tensors}
+        self.saved.save(self.progress.record(unfinished), tensors)
+        logger.warning(
+            f"{message}, after step {unfinished.step}. Run the same command again to "
+            f"go on from there; the state is in {self.saved.folder}."
+        )
+
+    def _note_decoder(self) -> None:
+        self.progress.rows = self.decoder.limit.rows
+        self.progress.unseen = sorted(set(self.decoder.unseen))
+
+    def _move_on(self, sweep: int, number: int) -> None:
+        """Both streams pass the layers that no later window visits."""
+        windows, decoder = self.windows, self.decoder
+        last = number + 1 == len(windows)
+        following = windows[number].stop if last else windows[number + 1].start
+        for index in range(windows[number].start, following):
+            before, trained = decoder.advance(index, self.sweeps[sweep][-1])
+            if sweep == len(self.sweeps) - 1 and index in decoder.students:
+                student = decoder.students.pop(index)
+                self.commit(index, student.fold())
+                self.fold_errors[index] = committed_error(
+                    decoder.calls,
+                    index,
+                    decoder.grids[index],
+                    before.to(decoder.device),
+                    trained,
+                )
+
+    def _epochs(self) -> list[int]:
+        """Epochs of each intra-layer stage; later ones get what is left over."""
+        stages = sum(map(len, self.sweeps))
+        epochs = self.settings.epochs
+        return [epochs // stages + (k < epochs % stages) for k in range(stages)][::-1]
+
+    def _layer_steps(self, windows: list[Window] | None = None) -> int:
+        lengths = self.decoder.lengths
+        size, order = self.settings.batch_size, [*range(len(lengths))]
+        steps = len(list(row_batches(lengths, size, order)))
+        layers = sum(map(len, self.windows if windows is None else windows))
+        return layers * self.settings.epochs * steps
 
 
-@torch.no_grad()
-def _advance(decoder: _Decoder, index: int, ratio: float, batch_size: int) -> None:
-    """Move both streams behind decoder layer ``index``, in the model's own dtype."""
-    order = [*range(len(decoder.full_precision))]
-    batches = list(row_batches(decoder.lengths, batch_size, order))
-    for batch in batches:
-        output = decoder.calls.run(index, decoder.batch(decoder.full_precision, batch))
-        _put(decoder.full_precision, batch, output)
-    layer = Window(index, index + 1, "fixed")
-    with _installed(decoder, layer, ratio, decoder.quantized[0].dtype):
-        for batch in batches:
-            output = decoder.calls.run(index, decoder.batch(decoder.quantized, batch))
-            _put(decoder.quantized, batch, output)
-
-
-def _put(rows: list[Tensor], batch: list[int], output: Tensor) -> None:
-    output = output.cpu()
-    for row, index in enumerate(batch):
-        rows[index] = output[row : row + 1]
-
-
-def _window_students(decoder: _Decoder, window: Window) -> list[StudentLayer]:
-    return [decoder.students[i] for i in window.layers if i in decoder.students]
-
-
-def _restore(decoder: _Decoder, window: Window, state: list[list[Tensor]]) -> None:
-    for student, saved in zip(_window_students(decoder, window), state, strict=True):
-        student.restore(saved)
-
-
-def _installed(
-    decoder: _Decoder, window: Window, ratio: float, dtype: torch.dtype
-) -> ExitStack:
-    """Context in which the window's layers compute as students."""
-    stack = ExitStack()
-    for student in _window_students(decoder, window):
-        stack.enter_context(student.installed(ratio, dtype))
-    return stack
+def _layer_tensors(decoder: Decoder, index: int) -> dict[str, Tensor]:
+    state = decoder.students[index].state()
+    return {f"learned.{place:06d}": t for place, t in enumerate(state)} | {
+        f"importance.{name}": tensor
+        for name, tensor in decoder.importance[index].items()
+    }

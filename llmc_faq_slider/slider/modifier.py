@@ -1,5 +1,7 @@
 """``SliderQuantModifier``: sliding-window learned quantisation as a recipe stage."""
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,21 +24,38 @@ from llmc_faq_slider.host.checks import (
 )
 from llmc_faq_slider.host.commit import commit_layer
 from llmc_faq_slider.host.decoder import (
-    calibration_rows,
+    calibration_samples,
+    counted_tokens,
     decoder_layers,
     split_targets,
 )
 from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
-from llmc_faq_slider.host.postconditions import check_committed, check_losses
+from llmc_faq_slider.host.postconditions import (
+    check_committed,
+    check_finite,
+    check_folds,
+    check_losses,
+    check_seen,
+    conclude,
+)
+from llmc_faq_slider.host.run_identity import (
+    run_fingerprint,
+    stage_folder,
+    stage_position,
+)
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
+from llmc_faq_slider.slider.checkpoint import Checkpoint, open_checkpoint
 from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
+from llmc_faq_slider.slider.interruption import StopRequest, stop_on_signals
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
     learn_windows,
 )
+from llmc_faq_slider.slider.loss import CountedTokens
+from llmc_faq_slider.slider.memory import RowLimit, row_limit
 from llmc_faq_slider.slider.proposal import propose_windows
 from llmc_faq_slider.slider.sensitivity import (
     measure_sensitivity,
@@ -111,8 +130,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param preset: ``fast``, ``default`` or ``best``: how many epochs, where
         ``epochs`` and ``closing_epochs`` are not given. The saved recipe.yaml records
         the numbers
-    :param match_logits: windows that end at the last layer match the full-precision
-        next-token distribution instead of the hidden states, a departure from the paper
     :param epochs: passes over the calibration rows per window, shared by its stages
     :param closing_epochs: passes in which all scales are tuned together on the model's
         next-token distribution, after the last window; 0 for none. A departure from the
@@ -132,6 +149,14 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param compute_dtype: dtype of the student's matrix products; learned tensors, loss
         and rounding are always fp32
     :param seed: seeds the low-rank starts and the order of rows
+    :param loss_on_responses: errors count only on tokens that the calibration data's
+        ``loss_mask`` marks as responses, as FAQ's does; rows without one count fully
+    :param checkpoint_dir: folder in which a state is saved after every window and every
+        epoch of the closing pass. The same command goes on from there after a kill, and
+        ends with the same bits. None: that of the environment variable
+        LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved
+    :param strict: a result that fails a check fails the run; false makes warnings of
+        these, listed in ``warnings``
     :param target: hardware that vLLM has to serve the checkpoint on, such as sm90 or
         cpu; the run stops at once if it has no kernel there. None: a warning if no
         known hardware serves a config group as declared
@@ -144,7 +169,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     ratio: float = Field(default=1.0, gt=0, le=1)
     stage_order: Literal["window", "sweep"] = "window"
     preset: Literal["fast", "default", "best"] = "default"
-    match_logits: bool = True
     epochs: int = Field(default=PRESETS["default"]["epochs"], ge=1)
     closing_epochs: int = Field(default=PRESETS["default"]["closing_epochs"], ge=0)
     closing_lr: float = Field(default=3e-3, gt=0)
@@ -157,6 +181,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     channel_scale_lr: float = Field(default=3e-3, ge=0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+    loss_on_responses: bool = False
+    checkpoint_dir: str | None = None
+    strict: bool = True
     target: str | None = None
 
     @model_validator(mode="before")
@@ -169,11 +196,18 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
 
     _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
     _results: list[WindowResult] = PrivateAttr(default_factory=list)
+    _warnings: list[str] = PrivateAttr(default_factory=list)
+    _folder: Path | None = PrivateAttr(default=None)
 
     @property
     def results(self) -> list[WindowResult]:
         """What each window of the last run reached."""
         return self._results
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the last run's checks found, with ``strict: false``."""
+        return self._warnings
 
     def resolve_quantization_config(self) -> QuantizationConfig:
         """The recipe's scheme, with the format that vLLM's kernels need."""
@@ -188,6 +222,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         check_learning_stage(self, self.window_size, self.window_stride)
         check_serving(self, self.target)
         check_other_stages(state.model, self)
+        self._check_weights(state.model)
+        self._folder = stage_folder(self.checkpoint_dir, stage_position(self))
         self._sequential_targets = kwargs.get("sequential_targets")
         self.initialize_quantization(state.model)
         self._grids(state.model)
@@ -201,8 +237,12 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 "SliderQuantModifier needs calibration data and found none. Give "
                 "oneshot a data set, or put a FAQModifier before it."
             )
-        rows = calibration_rows(state.data.calib)
-        layers = [layer for _, layer in decoder_layers(model, self._sequential_targets)]
+        self._check_weights(model)
+        rows, masks = calibration_samples(state.data.calib)
+        if not self.loss_on_responses:
+            masks = [None] * len(rows)
+        named = decoder_layers(model, self._sequential_targets)
+        layers = [layer for _, layer in named]
         grids = self._grids(model)
         targets = targeted_linears(model, self)
         committed: set[nn.Module] = set()
@@ -222,7 +262,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         device = get_main_device()
         training = model.training
         model.eval()
-        with DisableQuantization(model), frozen(model):
+        with DisableQuantization(model), frozen(model), ExitStack() as stack:
             hidden, calls = capture_decoder(model, layers, rows, device)
             windows = window_schedule(
                 len(layers),
@@ -235,8 +275,25 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 f"{len(windows)} windows, {sum(map(len, rows))} calibration tokens in "
                 f"{len(rows)} rows"
             )
-            head = OutputHead(model, calls, hidden[0].to(device))
-            self._results, outputs = learn_windows(
+            tokens = (
+                counted_tokens(rows, masks)
+                if self.loss_on_responses
+                else CountedTokens.all([len(row) for row in rows])
+            )
+            limit = row_limit(
+                model,
+                [[(layers[i], grids.get(i, {})) for i in w.layers] for w in windows],
+                max(map(len, rows)),
+                self.batch_size,
+                self.closing_epochs > 0,
+                device,
+            )
+            saved = stop = None
+            if self._folder is not None:
+                fingerprint = run_fingerprint(model, self, rows, masks, windows)
+                saved = stack.enter_context(open_checkpoint(self._folder, fingerprint))
+                stop = stack.enter_context(stop_on_signals())
+            learned = learn_windows(
                 calls,
                 hidden,
                 grids,
@@ -244,13 +301,43 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 self._settings(),
                 device,
                 commit,
-                head if self.match_logits else None,
+                tokens,
+                limit,
+                saved,
+                stop,
             )
+            self._results = learned.windows
             if self.closing_epochs:
-                self._close(calls, head, tuned, hidden, outputs, device)
+                outputs = learned.outputs
+                self._close(
+                    calls,
+                    OutputHead(model, calls, hidden[0].to(device)),
+                    tuned,
+                    hidden,
+                    outputs,
+                    device,
+                    tokens,
+                    limit,
+                    saved,
+                    stop,
+                )
+            if stop is not None and stop.requested:
+                logger.warning("SliderQuant: stopped; this stage is done and saved.")
+                raise stop.exit()
         model.train(training)
-        check_losses(self._results)
-        check_committed(targets, {n for n, m in targets.items() if m in committed})
+        names = [name for name, _ in named]
+        self._warnings = conclude(
+            [
+                *check_committed(
+                    targets, {n for n, m in targets.items() if m in committed}
+                ),
+                *check_finite(model),
+                *check_losses(learned.windows),
+                *check_folds(learned.fold_errors, grids, names, hidden[0].dtype),
+                *check_seen(learned.unseen, names),
+            ],
+            self.strict,
+        )
 
     def _close(
         self,
@@ -260,6 +347,10 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         hidden: list[Tensor],
         outputs: list[Tensor],
         device: torch.device,
+        tokens: CountedTokens,
+        limit: RowLimit,
+        saved: Checkpoint | None,
+        stop: StopRequest | None,
     ) -> None:
         """Tune all scales together, and commit them."""
         settings = ClosingSettings(
@@ -269,7 +360,19 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             compute_dtype=getattr(torch, self.compute_dtype),
             seed=self.seed,
         )
-        result = tune_scales(calls, head, tuned, hidden, outputs, settings, device)
+        result = tune_scales(
+            calls,
+            head,
+            tuned,
+            hidden,
+            outputs,
+            settings,
+            device,
+            tokens,
+            limit,
+            saved,
+            stop,
+        )
         logger.info(
             f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
             + (", start kept" if result.kept_start else "")
@@ -321,6 +424,13 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             proposal.shallow_layers if shallow == "auto" else shallow,
             proposal.deep_layers if deep == "auto" else deep,
         )
+
+    def _check_weights(self, model: nn.Module) -> None:
+        for problem in check_finite(model):
+            raise ValueError(
+                f"{problem} SliderQuant cannot learn from them: give it a model whose "
+                "weights are whole."
+            )
 
     def _settings(self) -> LearningSettings:
         return LearningSettings(

@@ -1,11 +1,14 @@
-"""Sign descent inside a box, for rounding offsets, and the decay of all rates."""
+"""Sign descent inside a box, for rounding offsets, and the decay of all rates.
 
-from collections.abc import Callable, Iterable
+Also what an optimiser has to remember when a run stops between two of its steps.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["SignDescent", "linear_decay"]
+__all__ = ["SignDescent", "linear_decay", "optimizer_tensors", "restore_optimizer"]
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -41,3 +44,38 @@ def linear_decay(
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 - step / max(1, steps)
     )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of what an optimiser keeps per parameter: :func:`restore_optimizer`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{number}.{name}": value.detach().clone()
+        for number, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    tensors: Mapping[str, Tensor],
+    steps: int,
+) -> None:
+    """
+    Put an optimiser and its :func:`linear_decay` behind the ``steps``-th step.
+
+    :param tensors: from :func:`optimizer_tensors`
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        # AdamW counts steps on the CPU.
+        place = value if value.ndim == 0 else value.to(parameter.device)
+        optimizer.state[parameter][name] = place
+    schedule.last_epoch = steps
+    for group, rate, decay in zip(
+        optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * decay(steps)

@@ -72,8 +72,9 @@ def capture_decoder(
     :param rows: token ids ``[length]`` without padding
     :return: hidden states ``[1, length, hidden]`` per row, in the model's dtype, on the
         CPU, and the calls
-    :raises ValueError: if a layer's input is not the output of the layer before it, has
-        another shape, or a layer is given anything else that depends on the tokens
+    :raises ValueError: if a layer's input is not finite, not the output of the layer
+        before it, has another shape, or a layer is given anything else that depends on
+        the tokens
     """
     arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     hidden: list[Tensor] = []
@@ -103,6 +104,12 @@ def capture_decoder(
         kwargs = dict(kwargs)
         states = args[0] if args else kwargs.pop("hidden_states")
         calls = arguments[states.shape[1]]
+        if calls and not torch.isfinite(states).all():
+            raise ValueError(
+                f"The output of decoder layer {len(calls) - 1} is not finite in "
+                f"{states.dtype}. Load the model in bfloat16 or float32; if it is, its "
+                "weights are broken."
+            )
         if calls and not torch.equal(states, previous[-1]):
             raise ValueError(
                 f"Decoder layer {len(calls)} does not take the output of layer "

@@ -9,8 +9,8 @@ from llmc_faq_slider.slider.learner import (
     LearningSettings,
     learn_windows,
     stage_ratios,
-    token_errors,
 )
+from llmc_faq_slider.slider.loss import token_errors
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import capture_decoder, row_batches
 from llmc_faq_slider.slider.student import LinearGrids
@@ -59,7 +59,7 @@ def learn(model, rows, **changes):
     hidden, calls = capture_decoder(model, layers, rows, CPU)
     grids = LinearGrids(WeightGrid(2, True, 16, torch.float32), ActivationGrid(8))
     committed = []
-    results, _ = learn_windows(
+    learned = learn_windows(
         calls,
         hidden,
         {i: dict.fromkeys(LINEARS, grids) for i in range(len(layers))},
@@ -68,7 +68,7 @@ def learn(model, rows, **changes):
         CPU,
         lambda index, folded: committed.append((index, folded)),
     )
-    return results, committed
+    return learned.windows, committed
 
 
 def rows_of(lengths):

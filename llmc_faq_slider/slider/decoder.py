@@ -1,0 +1,222 @@
+"""The model between embedding and head while windows slide over it.
+
+It holds the two streams of hidden states, one behind full-precision layers and one
+behind quantised ones, and the students of the layers that are still open.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from loguru import logger
+from torch import Tensor, nn
+
+from llmc_faq_slider.slider.loss import CountedTokens, token_errors
+from llmc_faq_slider.slider.memory import RowLimit
+from llmc_faq_slider.slider.stream import (
+    DecoderCalls,
+    replaced_forwards,
+    row_batches,
+)
+from llmc_faq_slider.slider.student import (
+    LinearGrids,
+    QuantizedInputs,
+    StudentLayer,
+)
+from llmc_faq_slider.slider.windows import Window
+
+__all__ = ["Decoder", "LayerGrids", "committed_error"]
+
+LayerGrids = dict[int, dict[str, LinearGrids]]
+StartStudent = Callable[[int, dict[str, Tensor]], StudentLayer]
+
+# An input channel counts at least this share of the mean one, or a channel that the
+# calibration data leaves silent could be quantised at will.
+LEAST_IMPORTANCE = 1e-6
+
+
+@dataclass
+class Decoder:
+    """
+    :param grids: number formats by layer index and name of linear
+    :param start: makes the student of a layer from its inputs' mean squares
+    :param tokens: which tokens' errors count
+    :param limit: rows per forward pass
+    :param importance: mean square of each input channel, by layer and name of linear
+    :param unseen: linears that no calibration token reached, ``<layer>.<name>``
+    """
+
+    calls: DecoderCalls
+    full_precision: list[Tensor]
+    quantized: list[Tensor]
+    device: torch.device
+    grids: LayerGrids
+    start: StartStudent
+    tokens: CountedTokens
+    limit: RowLimit
+    students: dict[int, StudentLayer] = field(default_factory=dict)
+    importance: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.tokens.lengths
+
+    def batch(self, rows: list[Tensor], indices: list[int]) -> Tensor:
+        return torch.cat([rows[i] for i in indices]).to(self.device)
+
+    def all_batches(self) -> list[list[int]]:
+        order = [*range(len(self.lengths))]
+        return list(row_batches(self.lengths, self.limit.rows, order))
+
+    def window_students(self, window: Window) -> list[StudentLayer]:
+        return [self.students[i] for i in window.layers if i in self.students]
+
+    def installed(self, window: Window, ratio: float, dtype: torch.dtype) -> ExitStack:
+        """Context in which the window's layers compute as students."""
+        stack = ExitStack()
+        for student in self.window_students(window):
+            stack.enter_context(student.installed(ratio, dtype))
+        return stack
+
+    @torch.no_grad()
+    def targets(self, window: Window) -> list[Tensor]:
+        """
+        Full-precision output of the window per row; starts students of new layers.
+
+        The same pass measures how strongly each input channel of the new layers is
+        excited.
+
+        :raises ValueError: if the full-precision output is not finite
+        """
+        new = [i for i in window.layers if i in self.grids and i not in self.students]
+        inputs = {
+            (index, name): _InputSquares(self.calls.layers[index].get_submodule(name))
+            for index in new
+            for name in self.grids[index]
+        }
+
+        def forget() -> None:
+            for squares in inputs.values():
+                squares.tokens = 0
+                squares.sums = None
+
+        handles = [squares.listen() for squares in inputs.values()]
+        try:
+            targets = self.limit.run(
+                lambda: self._through(window.layers, self.full_precision), forget
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for row, target in enumerate(targets):
+            if not torch.isfinite(target).all():
+                raise ValueError(
+                    f"The full-precision output of {window} is not finite for "
+                    f"calibration row {row} in {target.dtype}. Load the model in "
+                    "bfloat16 or float32, or leave out that row."
+                )
+        for index in new:
+            found = {name: inputs[index, name] for name in self.grids[index]}
+            unseen = [
+                f"{index}.{name}" for name, one in found.items() if not one.tokens
+            ]
+            if unseen:
+                logger.warning(f"No calibration token reached {', '.join(unseen)}.")
+            self.unseen += unseen
+            importance = {name: one.mean() for name, one in found.items()}
+            self.add_student(index, importance)
+        return targets
+
+    def add_student(self, index: int, importance: dict[str, Tensor]) -> None:
+        self.importance[index] = importance
+        self.students[index] = self.start(index, importance)
+
+    @torch.no_grad()
+    def advance(self, index: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """
+        Move both streams behind decoder layer ``index``, in the model's own dtype.
+
+        :return: the layer's input and output in the quantised stream, first row
+        """
+        layer = range(index, index + 1)
+        full = self.limit.run(lambda: self._through(layer, self.full_precision))
+        with self.installed(
+            Window(index, index + 1, "fixed"), ratio, self.quantized[0].dtype
+        ):
+            quantized = self.limit.run(lambda: self._through(layer, self.quantized))
+        before = self.quantized[0]
+        self.full_precision, self.quantized = full, quantized
+        return before, quantized[0]
+
+    def _through(self, layers: range, rows: list[Tensor]) -> list[Tensor]:
+        results = list(rows)
+        for batch in self.all_batches():
+            output = self.calls.run_span(layers, self.batch(rows, batch)).cpu()
+            for row, index in enumerate(batch):
+                results[index] = output[row : row + 1]
+        return results
+
+
+class _InputSquares:
+    """Sum of the squares of a linear's input channels, while a hook listens."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.tokens = 0
+        self.sums: Tensor | None = None
+
+    def listen(self) -> torch.utils.hooks.RemovableHandle:
+        return self.module.register_forward_pre_hook(self._add)
+
+    def _add(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2)
+        squares = rows.float().square().sum(0)
+        self.sums = squares if self.sums is None else self.sums + squares
+        self.tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        """fp32 ``[in]``; ones if no token reached the linear, or none but zeros."""
+        if self.sums is None or not self.tokens or not self.sums.any():
+            weight = self.module.weight
+            assert isinstance(weight, Tensor)
+            return torch.ones(weight.shape[1], device=weight.device)
+        mean = self.sums / self.tokens
+        return mean.clamp(min=LEAST_IMPORTANCE * mean.mean().item())
+
+
+@torch.no_grad()
+def committed_error(
+    calls: DecoderCalls,
+    index: int,
+    grids: Mapping[str, LinearGrids],
+    hidden: Tensor,
+    trained: Tensor,
+) -> float:
+    """
+    How far a layer's committed weights are from what was trained.
+
+    :param hidden: input of the layer ``[1, length, hidden]``
+    :param trained: the student's output
+    :return: mean of :func:`token_errors`
+    """
+    inputs = QuantizedInputs(1.0)
+    layer = calls.layers[index]
+    forwards = {
+        module: _stored_forward(module, grid, inputs)
+        for module, grid in ((layer.get_submodule(n), g) for n, g in grids.items())
+    }
+    with replaced_forwards(forwards):
+        output = calls.run(index, hidden)
+    return token_errors(output, trained.to(output.device)).mean().item()
+
+
+def _stored_forward(
+    module: nn.Module, grids: LinearGrids, inputs: QuantizedInputs
+) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(inputs(x, grids.input), module.weight, module.bias)  # type: ignore
+
+    return forward

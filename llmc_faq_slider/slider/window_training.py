@@ -1,0 +1,326 @@
+"""Training of one window.
+
+Source: SliderQuant §3.2 (intra-layer stages) and appendix B.2 (training). The student
+sees the output of the quantised prefix, so it also corrects the error made before it.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from loguru import logger
+from torch import Tensor
+from tqdm import tqdm
+
+from llmc_faq_slider.slider.decoder import Decoder
+from llmc_faq_slider.slider.interruption import StopRequest
+from llmc_faq_slider.slider.learning_state import (
+    LearningSettings,
+    Stopped,
+    Unfinished,
+    WindowResult,
+)
+from llmc_faq_slider.slider.loss import judged_rows, output_loss
+from llmc_faq_slider.slider.optimizer import (
+    SignDescent,
+    linear_decay,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from llmc_faq_slider.slider.stream import epoch_batches, row_batches
+from llmc_faq_slider.slider.student import StudentLayer
+from llmc_faq_slider.slider.windows import Window
+
+__all__ = ["learn_window"]
+
+RETRIES = 2
+RETRY_RATE = 0.1
+
+
+class _NotFinite(Exception):
+    """A loss is NaN or infinite."""
+
+
+class _Training:
+    """One window on its way through stages, steps, and attempts at lower rates."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        window: Window,
+        targets: list[Tensor],
+        epochs: Mapping[float, int],
+        settings: LearningSettings,
+        bar: tqdm,
+        stop: StopRequest,
+    ):
+        self.decoder = decoder
+        self.window = window
+        self.students = decoder.window_students(window)
+        self.targets = targets
+        self.epochs = epochs
+        self.settings = settings
+        self.bar = bar
+        self.stop = stop
+        self.began = time.monotonic()
+
+    def run(self, attempt: int, unfinished: Unfinished | None) -> None:
+        """
+        All stages, or those that are left.
+
+        :raises _NotFinite: if a loss is not
+        :raises Stopped: if asked to
+        """
+        for stage, (ratio, epochs) in enumerate(self.epochs.items()):
+            if unfinished is None or stage > unfinished.stage:
+                self._stage(attempt, stage, ratio, epochs, None)
+            elif stage == unfinished.stage:
+                self._stage(attempt, stage, ratio, epochs, unfinished)
+            else:
+                self.bar.update(len(self._batches(epochs)) * len(self.window))
+
+    def _batches(self, epochs: int) -> list[list[int]]:
+        # Every window meets the rows in an order of its own.
+        seed = self.settings.seed + 1000 * self.window.start + self.window.stop
+        size = self.settings.batch_size
+        return epoch_batches(self.decoder.lengths, size, epochs, seed)
+
+    def _stage(
+        self,
+        attempt: int,
+        stage: int,
+        ratio: float,
+        epochs: int,
+        unfinished: Unfinished | None,
+    ) -> None:
+        """
+        Descent on the window's learnables (appendix B.2: no weight decay, linear
+        decay). With rates that fall to zero the end is the best state but for noise.
+        """
+        batches = self._batches(epochs)
+        rate = RETRY_RATE**attempt
+        optimizers = _optimizers(self.students, self.settings, len(batches), rate)
+        schedules = [linear_decay(optimizer, len(batches)) for optimizer in optimizers]
+        # Gradients of fp16 hidden states would vanish; elsewhere it does nothing.
+        half = self.decoder.quantized[0].dtype == torch.float16
+        scaler = torch.amp.GradScaler(self.decoder.device.type, enabled=half)
+        done = 0
+        if unfinished is not None:
+            done = unfinished.step
+            self._restore(unfinished, optimizers, schedules, scaler)
+            self.bar.update(done * len(self.window))
+        per_epoch = len(batches) // max(1, epochs)
+        epoch_loss = 0.0
+        for step, batch in enumerate(batches[done:], start=done + 1):
+            loss = self._step(batch, ratio, optimizers, scaler)
+            for schedule in schedules:
+                schedule.step()
+            epoch_loss += loss / per_epoch
+            self.bar.update(len(self.window))
+            if step % per_epoch == 0:
+                self.bar.set_postfix(loss=f"{epoch_loss:.3e}", ratio=f"{ratio:.2f}")
+                epoch_loss = 0.0
+            if self.stop.requested:
+                raise Stopped(
+                    self._unfinished(attempt, stage, step, optimizers, scaler)
+                )
+
+    def _step(
+        self,
+        batch: list[int],
+        ratio: float,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+    ) -> float:
+        """One optimiser step on the mean loss of a batch's tokens that count."""
+
+        def clear() -> None:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+        tokens = self.decoder.tokens
+        total = tokens.count(batch)
+        if not total:
+            # Without gradients it changes nothing, but schedules wait for it.
+            for optimizer in optimizers:
+                optimizer.step()
+            return 0.0
+
+        def gradients() -> float:
+            loss = 0.0
+            for piece in self.decoder.limit.pieces(batch):
+                share = tokens.count(piece) / total
+                if share:
+                    part = self.piece_loss(piece, ratio) * share
+                    scaler.scale(part).backward()
+                    loss += part.item()
+            return loss
+
+        loss = self.decoder.limit.run(gradients, clear)
+        if not math.isfinite(loss):
+            clear()
+            raise _NotFinite
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        clear()
+        return loss
+
+    def piece_loss(self, rows: list[int], ratio: float) -> Tensor:
+        """Loss of rows of one length, with gradients where they are enabled."""
+        decoder, window = self.decoder, self.window
+        hidden = decoder.batch(decoder.quantized, rows)
+        target = decoder.batch(self.targets, rows)
+        mask = decoder.tokens.mask(rows, decoder.device)
+        with decoder.installed(window, ratio, self.settings.compute_dtype):
+            output = decoder.calls.run_span(window.layers, hidden)
+            return output_loss(output, target, mask)
+
+    @torch.no_grad()
+    def judge(self, ratio: float) -> float:
+        """Mean loss of the tokens that count in :func:`judged_rows`."""
+        decoder = self.decoder
+        order = judged_rows(decoder.tokens)
+
+        def loss() -> float:
+            total = 0.0
+            for rows in row_batches(decoder.lengths, decoder.limit.rows, order):
+                count = decoder.tokens.count(rows)
+                total += self.piece_loss(rows, ratio).double().item() * count
+            return total / decoder.tokens.count(order)
+
+        return decoder.limit.run(loss)
+
+    def _unfinished(
+        self,
+        attempt: int,
+        stage: int,
+        step: int,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+    ) -> Unfinished:
+        tensors = {
+            f"learned.{number}.{place:06d}": tensor
+            for number, student in enumerate(self.students)
+            for place, tensor in enumerate(student.state())
+        }
+        for number, optimizer in enumerate(optimizers):
+            for name, tensor in optimizer_tensors(optimizer).items():
+                tensors[f"optimizer.{number}.{name}"] = tensor
+        seconds = time.monotonic() - self.began
+        return Unfinished(attempt, stage, step, seconds, scaler.state_dict(), tensors)
+
+    def _restore(
+        self,
+        unfinished: Unfinished,
+        optimizers: list[torch.optim.Optimizer],
+        schedules: list[torch.optim.lr_scheduler.LambdaLR],
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        for number, student in enumerate(self.students):
+            student.restore(list(_under(f"learned.{number}.", unfinished).values()))
+        pairs = zip(optimizers, schedules, strict=True)
+        for number, (optimizer, schedule) in enumerate(pairs):
+            tensors = _under(f"optimizer.{number}.", unfinished)
+            restore_optimizer(optimizer, schedule, tensors, unfinished.step)
+        scaler.load_state_dict(unfinished.scaler)
+        self.began -= unfinished.seconds
+
+
+def _under(prefix: str, unfinished: Unfinished) -> dict[str, Tensor]:
+    """Tensors whose names start with ``prefix``, without it, in order."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in sorted(unfinished.tensors.items())
+        if name.startswith(prefix)
+    }
+
+
+def learn_window(
+    decoder: Decoder,
+    window: Window,
+    epochs: Mapping[float, int],
+    settings: LearningSettings,
+    bar: tqdm,
+    stop: StopRequest,
+    unfinished: Unfinished | None = None,
+) -> WindowResult:
+    """
+    Train one window through its stages; keep the better of its start and end.
+
+    A loss that is not finite puts the start back, and the window begins anew at a tenth
+    of the rates, twice at most.
+
+    :param epochs: passes over the rows by intra-layer ratio, in order
+    :param unfinished: where an earlier run was stopped inside this window
+    :raises Stopped: between two steps, when ``stop`` is set
+    """
+    targets = decoder.targets(window)
+    students = decoder.window_students(window)
+    if not students:
+        return WindowResult(window, 0.0, 0.0, 0.0)
+    training = _Training(decoder, window, targets, epochs, settings, bar, stop)
+    final_ratio = max(epochs)
+    start_loss = training.judge(final_ratio)
+    start = [student.state() for student in students]
+
+    def restore() -> None:
+        for student, saved in zip(students, start, strict=True):
+            student.restore(saved)
+
+    attempt = 0 if unfinished is None else unfinished.attempt
+    shown = bar.n
+    while True:
+        try:
+            training.run(attempt, unfinished)
+            loss = training.judge(final_ratio)
+        except _NotFinite:
+            loss = math.nan
+        if math.isfinite(loss) or attempt == RETRIES:
+            break
+        restore()
+        attempt, unfinished, bar.n = attempt + 1, None, shown
+        logger.warning(
+            f"{window}: the loss is not finite. The window begins anew with "
+            f"{RETRY_RATE**attempt:g} of the learning rates."
+        )
+    # Negated so that a loss that is not a number keeps the start too.
+    keep_start = not loss <= start_loss and not (
+        math.isfinite(loss) and not math.isfinite(start_loss)
+    )
+    if keep_start:
+        restore()
+        loss = start_loss
+    seconds = time.monotonic() - training.began
+    result = WindowResult(window, start_loss, loss, seconds, keep_start, attempt)
+    logger.info(
+        f"{window} ({window.family}): loss {result.start_loss:.4e} -> "
+        f"{result.loss:.4e} in {result.seconds:.1f} s"
+        + (", start kept" if result.kept_start else "")
+    )
+    return result
+
+
+def _optimizers(
+    students: list[StudentLayer], settings: LearningSettings, steps: int, share: float
+) -> list[torch.optim.Optimizer]:
+    """
+    AdamW without weight decay, and sign descent for rounding offsets.
+
+    :param share: of the learning rates
+    """
+    groups = []
+    for kind, rate in settings.learning_rates.items():
+        parameters = [p for student in students for p in student.parameters(kind)]
+        if parameters:
+            groups.append({"params": parameters, "lr": share * rate})
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
+    offsets = [p for student in students for p in student.parameters("rounding")]
+    if offsets:
+        # Rates that fall linearly to zero add up to half of the first one per step.
+        rate = 2 * share * settings.rounding_travel / max(1, steps)
+        optimizers.append(SignDescent(offsets, rate))
+    return optimizers

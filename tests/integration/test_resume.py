@@ -1,0 +1,125 @@
+"""A run that is killed goes on where it was and ends with the same bytes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from family import TESTS, calibration_set, load, quantize
+from torch import nn
+
+from llmc_faq_slider import SliderQuantModifier
+from llmc_faq_slider.slider.checkpoint import StateError
+
+pytestmark = pytest.mark.integration
+
+FIELDS = {
+    "ignore": ["lm_head"],
+    "scheme": "W8A8",
+    "shallow_layers": 1,
+    "deep_layers": 1,
+    "window_size": 4,
+    "window_stride": 4,
+    "epochs": 1,
+    "closing_epochs": 1,
+}
+
+
+@pytest.mark.parametrize(("signal", "kills"), [("KILL", 20), ("TERM", 4), ("INT", 4)])
+def test_random_ends_change_nothing(signal, kills):
+    found = subprocess.run(
+        [
+            sys.executable,
+            TESTS / "chaos.py",
+            f"--kills={kills}",
+            f"--signal={signal}",
+        ],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.endswith(f"{kills} identical\n")
+
+
+def stage(folder, **changes):
+    return SliderQuantModifier(**FIELDS | changes, checkpoint_dir=str(folder))
+
+
+def test_another_run_is_refused_and_the_state_stays(small_model, tmp_path):
+    data = calibration_set(small_model, 4)
+    first = stage(tmp_path)
+    quantize(load(small_model), first, dataset=data)
+
+    def refused(message, model=None, rows=data, **changes):
+        with pytest.raises(StateError, match=message):
+            quantize(
+                model or load(small_model), stage(tmp_path, **changes), dataset=rows
+            )
+
+    refused("recipe.batch_size is 4 there and 2 here", batch_size=2)
+    refused("recipe.seed is 0 there and 7 here", seed=7)
+    refused(
+        "data.ids differs; .*data.rows is 4 there", rows=calibration_set(small_model)
+    )
+    other = load(small_model)
+    with torch.no_grad():
+        other.model.layers[5].mlp.up_proj.weight[3, 3] += 1
+    refused("model.weights differs", model=other)
+    refused("model.weights differs", model=load(small_model, torch.float32))
+
+    again = stage(tmp_path, strict=False)
+    quantize(load(small_model), again, dataset=data)
+    assert again.results == first.results
+
+
+def test_stages_have_folders_of_their_own_and_finished_ones_are_not_repeated(
+    small_model, tmp_path, monkeypatch
+):
+    data = calibration_set(small_model, 4)
+    monkeypatch.setenv("LLMC_FAQ_SLIDER_CHECKPOINT_DIR", str(tmp_path / "state"))
+
+    def run(name):
+        stages = [
+            SliderQuantModifier(**FIELDS | {"targets": [target], "ignore": []})
+            for target in ("re:.*self_attn.*proj", "re:.*mlp.*proj")
+        ]
+        output = tmp_path / name
+        quantize(load(small_model), stages, dataset=data, output_dir=str(output))
+        content = (output / "model.safetensors").read_bytes()
+        return [one.results for one in stages], content
+
+    results, content = run("first")
+    folders = sorted(p.name for p in (tmp_path / "state").iterdir())
+    assert folders == ["slider-1", "slider-2"]
+    # Equal to the second they took: nothing was learned again.
+    assert run("second") == (results, content)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, small_model):
+    model = load(small_model)
+    with torch.no_grad():
+        model.model.layers[3].self_attn.q_proj.weight[0, 0] = value
+    name = "model.layers.3.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=f"1 weights hold NaN or infinity: {name}"):
+        quantize(
+            model,
+            SliderQuantModifier(**FIELDS),
+            dataset=calibration_set(small_model, 2),
+        )
+
+
+def test_a_linear_that_no_token_reaches_fails_the_run_unless_not_strict(small_model):
+    def run(strict):
+        model = load(small_model)
+        for layer in model.model.layers:
+            layer.mlp.expert = nn.Linear(128, 128, bias=False, dtype=torch.bfloat16)
+        one = SliderQuantModifier(**FIELDS, strict=strict)
+        quantize(model, one, dataset=calibration_set(small_model, 2))
+        return one
+
+    with pytest.raises(RuntimeError, match="reached 8 linears: model.layers.0.mlp.exp"):
+        run(strict=True)
+    (warning,) = run(strict=False).warnings
+    assert "No calibration token reached 8 linears" in warning
