@@ -69,9 +69,9 @@ __all__ = ["SliderQuantModifier"]
 
 # Fields that a preset sets where the recipe does not.
 PRESETS: dict[str, dict[str, int]] = {
-    "fast": {"epochs": 2, "closing_epochs": 1},
-    "default": {"epochs": 5, "closing_epochs": 2},
-    "best": {"epochs": 15, "closing_epochs": 4},
+    "fast": {"epochs": 1, "closing_epochs": 0},
+    "default": {"epochs": 2, "closing_epochs": 1},
+    "best": {"epochs": 6, "closing_epochs": 2},
 }
 
 
