@@ -11,7 +11,7 @@ import bad_recipes
 import pytest
 import yaml
 from bad_recipes import CASES, ROOT, findings_of
-from hypothesis import HealthCheck, given, settings
+from generated import cases
 from hypothesis import strategies as st
 from llmcompressor.recipe import Recipe
 from typer.testing import CliRunner
@@ -185,12 +185,7 @@ def _upstream_modifiers(path: Path) -> int | None:
         return None
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(text=mutated_documents() | mutated_text())
+@cases(400, text=mutated_documents() | mutated_text())
 def test_no_recipe_ends_in_a_traceback(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, "utf-8", errors="surrogatepass")
@@ -206,8 +201,7 @@ def test_no_recipe_ends_in_a_traceback(text, tmp_path):
         assert errors(findings)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60))
+@cases(200, text=st.text(max_size=60))
 def test_no_text_ends_in_a_traceback(text):
     assert errors(lint_recipe(text)[1])
 
