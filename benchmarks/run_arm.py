@@ -45,7 +45,9 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
 
 def load(model: str) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, use_safetensors=True
+    ).to(device)
 
 
 def quantize(
