@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["FolderBusyError", "FolderError", "check_room", "held_folder", "writing"]
+__all__ = [
+    "FolderBusyError",
+    "FolderError",
+    "check_room",
+    "held_folder",
+    "room_error",
+    "writing",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -35,16 +42,36 @@ def writing(folder: Path, remedy: str) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise FolderError(
-                f"There is no room left to write to {folder} "
-                f"({_size(_free(folder))} free). Free some, or {remedy}"
-            ) from error
+            raise _no_room(folder, remedy) from error
         if error.errno is None or isinstance(error, BlockingIOError):
             raise
         raise FolderError(
             f"{folder} cannot be written to: {os.strerror(error.errno)}. Correct "
             f"that, or {remedy}"
         ) from error
+
+
+def room_error(error: Exception, folder: Path) -> FolderError | None:
+    """What to say of an error while a checkpoint was written, if the disk is full.
+
+    safetensors tells it in words only.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in _FULL and os.strerror(errno.ENOSPC) not in str(error):
+        return None
+    return _no_room(
+        folder,
+        "save the model elsewhere: one that was given to oneshot as an object is "
+        "quantised in memory, and its save_pretrained(folder, save_compressed=True) "
+        "writes it.",
+    )
+
+
+def _no_room(folder: Path, remedy: str) -> FolderError:
+    return FolderError(
+        f"There is no room left to write to {folder} ({_size(_free(folder))} free). "
+        f"Free some, or {remedy}"
+    )
 
 
 def check_room(folder: Path, least: int, remedy: str) -> None:
