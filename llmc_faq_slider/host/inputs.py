@@ -59,33 +59,38 @@ def _number_of_weights(model: Any) -> int:
 def _model(model: Any, modifiers: Sequence[Modifier]) -> Iterator[str]:
     if not any(isinstance(modifier, QuantizationMixin) for modifier in modifiers):
         return
-    name, config = "The model", {}
+    name, quantised = "The model", False
     if isinstance(model, nn.Module):
-        config = {
-            "quantization_config": getattr(model.config, "quantization_config", 0)
-        }
+        quantised = bool(getattr(model.config, "quantization_config", None))
     elif isinstance(model, str | Path):
         name, folder = str(model), Path(model).expanduser()
         if name.startswith((".", "/", "~")) and not folder.is_dir():
             yield f"There is no model folder {name}. Check the path."
         elif folder.is_dir():
             try:
-                config = json.loads((folder / "config.json").read_bytes())
+                quantised = bool(_config(folder).get("quantization_config"))
             except (OSError, ValueError) as error:
-                yield f"The config.json of {name} cannot be read: {error}."
-            if not isinstance(config, dict):
-                yield f"The config.json of {name} holds no object."
-                return
+                yield (
+                    f"The config.json of {name} cannot be read: {error}. Give a whole "
+                    "model folder."
+                )
             if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
                 yield (
                     f"The weights of {name} are in .bin files, which can hold code. "
                     "Give a model with .safetensors files."
                 )
-    if config.get("quantization_config"):
+    if quantised:
         yield (
             f"{name} is already quantised. Give the full-precision model that it was "
             "made from."
         )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(config, dict):
+        raise ValueError(f"it holds a {type(config).__name__}, not an object")
+    return config
 
 
 def _data(given: Arguments, modifiers: Sequence[Modifier]) -> Iterator[str]:
@@ -119,7 +124,9 @@ def _rows(dataset: Dataset, given: Arguments) -> Iterator[str]:
     elif "input_ids" in columns:
         first = next((row for row in islice(dataset["input_ids"], 100) if row), None)
         if first is None:
-            yield "The first rows of the data set have empty input_ids."
+            yield (
+                "The data set's first rows have empty input_ids. Tokenise the text again."
+            )
         elif not isinstance(first, list) or not isinstance(first[0], int):
             yield (
                 "The data set's input_ids are no lists of whole numbers. Tokenise the "
@@ -137,7 +144,8 @@ def _needs_data(modifiers: Sequence[Modifier]) -> Iterator[str]:
     for modifier in modifiers:
         if isinstance(modifier, FAQModifier):
             return
-        if modifier.requires_calibration_data:
+        learns = isinstance(modifier, SliderQuantModifier)
+        if learns or modifier.requires_calibration_data:
             yield (
                 f"{type(modifier).__name__} needs calibration data and oneshot was "
                 "given none. Give oneshot a dataset, or put a FAQModifier before it."

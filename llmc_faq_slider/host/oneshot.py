@@ -1,6 +1,7 @@
 """llm-compressor's ``oneshot`` behind a check of the recipe and its other arguments."""
 
 import inspect
+import os
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
@@ -53,7 +54,9 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
                 raise ValueError("\n".join(messages))
             if output is not None:
                 check_output(given, modifiers)
-                stack.enter_context(held_folder(Path(output), OUTPUT_REMEDY))
+                # the other processes of one run write to the same folder
+                if int(os.environ.get("RANK", 0)) == 0:
+                    stack.enter_context(held_folder(Path(output), OUTPUT_REMEDY))
         try:
             return llmcompressor.oneshot(*args, **kwargs)
         except Exception as error:

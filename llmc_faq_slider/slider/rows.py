@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from loguru import logger
@@ -101,7 +102,9 @@ def _watched_routers(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None
             continue
         seen[name] = torch.zeros(experts, dtype=torch.int64)
 
-        def count(_module: nn.Module, _args: object, output: object, name=name) -> None:
+        def count(
+            _module: nn.Module, _args: Any, output: Any, name: str = name
+        ) -> None:
             chosen = output[-1] if isinstance(output, tuple) else None
             if isinstance(chosen, Tensor) and not chosen.is_floating_point():
                 numbers = chosen.flatten().cpu()

@@ -10,6 +10,7 @@ from pathlib import Path
 import bad_recipes
 import pytest
 import yaml
+from bad_arguments import ARGUMENTS, section, sentence_of
 from bad_recipes import CASES, ROOT, findings_of
 from generated import cases
 from hypothesis import strategies as st
@@ -74,9 +75,24 @@ def test_every_kind_of_finding_has_a_bad_input():
     assert written <= {"recipe-type", "no-stage", "arguments"}
 
 
-def test_list_of_bad_inputs_is_up_to_date(found):
-    written = bad_recipes.table(lambda case: found[case.title])
-    assert bad_recipes.TABLE.read_text() == written, (
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> dict[str, str]:
+    """What every bad argument gives."""
+    folder = tmp_path_factory.mktemp("arguments")
+    return {a.title: sentence_of(a, folder / a.title) for a in ARGUMENTS}
+
+
+@pytest.mark.parametrize("title", [argument.title for argument in ARGUMENTS])
+def test_bad_argument_gives_a_sentence(title, sentences):
+    sentence = sentences[title]
+    assert sentence[-1] in ".?" and "\n" not in sentence
+    assert 20 < len(sentence) < 400 and "Traceback" not in sentence
+
+
+def test_list_of_bad_inputs_is_up_to_date(found, sentences):
+    recipes = bad_recipes.table(lambda case: found[case.title])
+    calls = section(lambda argument: sentences[argument.title])
+    assert bad_recipes.TABLE.read_text() == f"{recipes}\n{calls}", (
         "run .venv/bin/python tests/unit/bad_recipes.py"
     )
 
