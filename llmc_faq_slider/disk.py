@@ -57,7 +57,7 @@ def room_error(error: Exception, folder: Path) -> FolderError | None:
     safetensors tells it in words only.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if number not in _FULL and os.strerror(errno.ENOSPC) not in str(error):
+    if number not in _FULL and not any(os.strerror(n) in str(error) for n in _FULL):
         return None
     return _no_room(
         folder,

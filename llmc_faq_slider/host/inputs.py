@@ -125,7 +125,8 @@ def _rows(dataset: Dataset, given: Arguments) -> Iterator[str]:
         first = next((row for row in islice(dataset["input_ids"], 100) if row), None)
         if first is None:
             yield (
-                "The data set's first rows have empty input_ids. Tokenise the text again."
+                "The data set's first rows have empty input_ids. Tokenise the text "
+                "again."
             )
         elif not isinstance(first, list) or not isinstance(first[0], int):
             yield (

@@ -1,4 +1,4 @@
-"""Full disks, files in the way and second writers end in a sentence, and lose nothing."""
+"""Full disks, files in the way and second writers: a sentence, and nothing lost."""
 
 import errno
 import os
@@ -45,9 +45,7 @@ def test_a_log_on_a_full_disk(tmp_path) -> None:
     (tmp_path / "candidates.jsonl").symlink_to(FULL)
     (tmp_path / "scores.jsonl").symlink_to(FULL)
     log = CandidateLog(tmp_path / "candidates.jsonl")
-    with pytest.raises(
-        FolderError, match="no room left to write to .*another `cache_d"
-    ):
+    with pytest.raises(FolderError, match="no room left to write.*`cache_dir`"):
         log.append(candidate(0))
     assert log.get("a", 0) is None
     with pytest.raises(FolderError, match="no room left"):
@@ -132,9 +130,7 @@ def test_too_small_a_disk_is_told_before_the_run(
         shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000)
     )
     recipe = str(ROOT / "recipes" / "faq_slider_w4a8.yaml")
-    with pytest.raises(
-        FolderError, match="has 100 kB of free space and at least .* MB"
-    ):
+    with pytest.raises(FolderError, match="has 100 kB of free space and at l"):
         oneshot(model=str(small_model), recipe=recipe, output_dir=str(tmp_path / "out"))
     check_room(tmp_path, 100_000, REMEDY)
 
@@ -167,9 +163,7 @@ def test_two_processes_in_one_folder(small_model, tmp_path) -> None:
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         recipe = str(ROOT / "recipes" / "faq_slider_w4a8.yaml")
-        with pytest.raises(
-            FolderBusyError, match="Another process is writing to .*out"
-        ):
+        with pytest.raises(FolderBusyError, match="Another process is writing to"):
             oneshot(model=str(small_model), recipe=recipe, output_dir=str(out))
     finally:
         other.kill()
