@@ -21,7 +21,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq test \
-	quality format clean
+	fuzz upstream quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,7 +51,14 @@ bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARG
 	$(BIN)/python -m benchmarks.ablation $(BENCH_ARGS)
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--least-cases 2000)
+
+fuzz: $(VENV)/.ready ## 50,000 generated cases, new ones every time
+	$(BIN)/python -m pytest tests/unit -m generated --hypothesis-profile fuzz \
+		--least-cases 50000 $(PYTEST_ARGS)
+
+upstream: $(VENV)/.ready ## llm-compressor's own tests with this package imported
+	$(BIN)/python scripts/upstream_suite.py
 
 bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)

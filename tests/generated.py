@@ -1,7 +1,7 @@
 """Generated test cases: how many are made, and a count of those that passed.
 
 ``@cases(number, **strategies)`` is hypothesis' ``given`` with that many cases under the
-profile ``test``, and 25 times as many under ``fuzz`` (``--hypothesis-profile fuzz``).
+profile ``test``, and ten times as many under ``fuzz`` (``--hypothesis-profile fuzz``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STANDARD = 100
 
 # The same cases every time, so that a failure is due to the change at hand.
 settings.register_profile("test", max_examples=_STANDARD, derandomize=True)
-settings.register_profile("fuzz", max_examples=25 * _STANDARD, print_blob=True)
+settings.register_profile("fuzz", max_examples=10 * _STANDARD, print_blob=True)
 
 
 def cases(
