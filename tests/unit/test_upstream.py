@@ -159,12 +159,6 @@ RELIED_ON = [
     ("llmcompressor.modifiers", "ModifierFactory._loaded", None, "recipe_fields"),
     ("llmcompressor.modifiers", "ModifierFactory.refresh", [], "recipe_fields"),
     (
-        "llmcompressor.modifiers",
-        "Modifier.requires_calibration_data",
-        None,
-        "recipe_lint",
-    ),
-    (
         "llmcompressor.modifiers.quantization.quantization",
         "QuantizationMixin.has_config",
         [],
@@ -353,6 +347,15 @@ def test_a_recipe_is_found_where_modifiers_are_listed():
     assert read.modifiers[0].group == "b"
     assert not Recipe.from_dict({"a_stag": {"b_modifiers": {"X": {}}}}).modifiers
     assert not Recipe.from_dict({"a_stage": {"modifiers": {"X": {}}}}).modifiers
+
+
+def test_stages_say_whether_they_calibrate():
+    """Read in host/recipe_lint, host/inputs and host/checks."""
+    from llmcompressor.modifiers import Modifier
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    assert "requires_calibration_data" in Modifier.model_fields
+    assert GPTQModifier(scheme="W4A16").requires_calibration_data
 
 
 def test_session_lists_the_recipes_modifiers():
