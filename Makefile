@@ -22,7 +22,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq test \
-	chaos quality format clean
+	chaos fuzz upstream quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,7 +52,14 @@ bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARG
 	$(BIN)/python -m benchmarks.ablation $(BENCH_ARGS)
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--least-cases 2000)
+
+fuzz: $(VENV)/.ready ## 50,000 generated cases, new ones every time
+	$(BIN)/python -m pytest tests/unit -m generated --hypothesis-profile fuzz \
+		--least-cases 50000 $(PYTEST_ARGS)
+
+upstream: $(VENV)/.ready ## llm-compressor's own tests with this package imported
+	$(BIN)/python scripts/upstream_suite.py
 
 chaos: $(VENV)/.ready ## 50 runs killed at random moments, then compared [CHAOS_ARGS=...]
 	$(BIN)/python tests/chaos.py --kills 50 $(CHAOS_ARGS)

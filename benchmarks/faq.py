@@ -246,8 +246,14 @@ def stage(method: str) -> Any:
     return SliderQuantModifier(batch_size=8, **fields)
 
 
+def load(name: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype="auto", use_safetensors=True
+    )
+
+
 def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(family.target, dtype="auto")
+    model = load(family.target)
     data = Dataset.from_dict({"input_ids": rows.tolist()})
     oneshot(
         model=model,
@@ -261,7 +267,7 @@ def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel
 def run(family: Family, arms: list[str], methods: list[str], output: Path) -> None:
     """Measure what is not in the file yet."""
     done = {(r.family, r.arm, r.method, r.seed) for r in read(output)}
-    full = AutoModelForCausalLM.from_pretrained(family.target, dtype="auto").eval()
+    full = load(family.target).eval()
     chats = held_out(family, full)
     exact = answer_logprobs(full, chats)
     for seed in SEEDS:

@@ -65,6 +65,7 @@ def load(model: str) -> PreTrainedModel:
         model,
         dtype=torch.bfloat16,
         attn_implementation="sdpa" if on_gpu else "eager",
+        use_safetensors=True,
     )
     return loaded.to("cuda" if on_gpu else "cpu")
 

@@ -1,77 +1,137 @@
-"""Files that survive a kill at any moment: written whole or not at all, one owner."""
+"""Files that survive a kill at any moment, and folders that cannot take them.
 
+A file is written whole or not at all; a folder has room, lets itself be written to, and
+has one writer at a time.
+"""
+
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 __all__ = [
     "FolderBusyError",
-    "WriteError",
+    "FolderError",
+    "check_room",
     "exclusive",
     "file_hash",
+    "room_error",
     "settle",
     "write_json",
     "writing",
 ]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+class FolderError(OSError):
+    """A folder cannot be written to."""
+
 
 class FolderBusyError(RuntimeError):
-    """Another process works in the same folder."""
-
-
-class WriteError(RuntimeError):
-    """A file could not be written; what was written before is intact."""
+    """Another process writes to the folder."""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """
-    Context in which ``path`` is written.
+def writing(folder: Path, remedy: str) -> Iterator[None]:
+    """Say in a sentence why something could not be written.
 
-    :raises WriteError: if the disk is full, or the folder cannot be written to
+    :param remedy: how to have it written elsewhere, a sentence
+    :raises FolderError: for a full disk, missing rights, or a file in the way
     """
     try:
         yield
+    except FolderError:
+        raise
     except (OSError, SafetensorError) as error:
-        raise WriteError(
-            f"{path} cannot be written: {error}. What was saved before is intact. "
-            "Make room on the disk, or name a folder that can be written to, and run "
-            "the same command again."
+        if _is_full(error):
+            raise _no_room(folder, remedy) from error
+        number = getattr(error, "errno", None)
+        if number is None or isinstance(error, BlockingIOError):
+            raise
+        raise FolderError(
+            f"{folder} cannot be written to: {os.strerror(number)}. Correct that, or "
+            f"{remedy}"
         ) from error
 
 
-@contextmanager
-def exclusive(folder: Path, advice: str) -> Iterator[None]:
-    """
-    Keep a folder to this process, which may end in any way.
+def room_error(error: Exception, folder: Path) -> FolderError | None:
+    """What to say of an error while a checkpoint was written, if the disk is full."""
+    if not _is_full(error):
+        return None
+    return _no_room(
+        folder,
+        "save the model elsewhere: one that was given to oneshot as an object is "
+        "quantised in memory, and its save_pretrained(folder, save_compressed=True) "
+        "writes it.",
+    )
 
-    :param advice: ends the message to whoever comes second
-    :raises FolderBusyError: while another process has the folder
-    :raises WriteError: if it cannot be made
+
+def _is_full(error: Exception) -> bool:
+    """safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def _no_room(folder: Path, remedy: str) -> FolderError:
+    return FolderError(
+        f"There is no room left to write to {folder} ({_size(_free(folder))} free). "
+        f"Free some, or {remedy}"
+    )
+
+
+def check_room(folder: Path, least: int, remedy: str) -> None:
+    """Refuse to begin what cannot be written in the end.
+
+    :param least: bytes that will be written at least
+    :param remedy: see :func:`writing`
+    :raises FolderError: if they do not fit, or the folder cannot be made or written to
     """
-    with writing(folder):
+    with writing(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    with lock:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+    free = _free(folder)
+    if free < least:
+        raise FolderError(
+            f"{folder} has {_size(free)} of free space and at least {_size(least)} "
+            f"will be written there. Free some, or {remedy}"
+        )
+
+
+@contextmanager
+def exclusive(folder: Path, remedy: str) -> Iterator[None]:
+    """Keep other processes of this package from writing to a folder.
+
+    The folder itself is locked, so nothing is left in it, however this process ends.
+
+    :raises FolderBusyError: while another process holds it
+    :raises FolderError: if it cannot be made
+    """
+    with writing(folder, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderBusyError(
-                f"{folder} is in use by process {_owner(lock)}. Wait for it to end, "
-                f"or {advice}."
+                f"Another process is writing to {folder}. Wait for it to end, or "
+                f"{remedy}"
             ) from None
-        with writing(folder):
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
         yield
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:
@@ -101,6 +161,15 @@ def settle(part: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _owner(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read(20).strip() or "of unknown number"
+def _free(folder: Path) -> int:
+    """Bytes free where a folder is or would be."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(count: float) -> str:
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} {_UNITS[-1]}"

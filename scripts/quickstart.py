@@ -204,7 +204,9 @@ def measure(name: str, source: str, text: str, seconds: float | None) -> Arm:
 
     from llmc_faq_slider.report.perplexity import perplexity
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", use_safetensors=True
+    )
     value = perplexity(
         model, AutoTokenizer.from_pretrained(source), text, max_tokens=EVAL_TOKENS
     )

@@ -12,15 +12,48 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import generated  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 TESTS = Path(__file__).parent
 
 
+# --hypothesis-profile is read later and wins.
+settings.load_profile("test")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--least-cases",
+        type=int,
+        default=0,
+        help="fail if fewer generated cases than these ran",
+    )
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    least = session.config.getoption("--least-cases")
+    if exitstatus == 0 and generated.PASSED.total() < least:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if generated.PASSED:
+        least = config.getoption("--least-cases")
+        terminalreporter.section("generated cases")
+        for test, number in sorted(generated.PASSED.items()):
+            terminalreporter.line(f"{number:7d}  {test}")
+        total = f"{generated.PASSED.total():7d}  in all"
+        terminalreporter.line(total + (f", at least {least} wanted" if least else ""))
 
 
 @pytest.fixture(autouse=True, scope="session")

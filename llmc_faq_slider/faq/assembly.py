@@ -33,6 +33,7 @@ from llmc_faq_slider.faq.generators import (
 )
 from llmc_faq_slider.faq.grading import Experts
 from llmc_faq_slider.faq.identity import model_fingerprint
+from llmc_faq_slider.faq.loading import open_model
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.faq.rendering import template_text
 from llmc_faq_slider.faq.seeds import Seed, load_mixture, load_seeds, shipped_seeds
@@ -95,7 +96,7 @@ def stored_target(name: str) -> Target:
 
     @contextmanager
     def opened() -> Iterator[PreTrainedModel]:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        model = open_model(name)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
         yield model

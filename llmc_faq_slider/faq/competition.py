@@ -11,6 +11,7 @@ from llmc_faq_slider.faq.content_gates import (
     same_language,
 )
 from llmc_faq_slider.faq.gates import failed_gate
+from llmc_faq_slider.faq.plain import marks
 from llmc_faq_slider.faq.preparation import Conversation, Task, Turn, original
 from llmc_faq_slider.faq.rendering import (
     THINK_OPEN,
@@ -125,6 +126,7 @@ class Referee:
         self._settings = settings
         self._evaluation = evaluation
         self._control_ids = control_ids(talk.target)
+        self._marks = marks(talk.target, talk.speaker)
         self._end_of_turn = end_of_turn_id(talk.target)
         self._seen = Seen(settings.gates.max_similarity)
 
@@ -201,7 +203,9 @@ class Referee:
             return turn.candidate.failure
         inside = turn.prompt.inside_thinking and not turn.prompt.primed
         text = (THINK_OPEN if inside else "") + turn.text
-        failed = failed_gate(turn.body, text, truncated, self._control_ids, gates)
+        failed = failed_gate(
+            turn.body, text, truncated, self._control_ids, gates, self._marks
+        )
         return failed or self._failed_content(task, turn, text)
 
     def _failed_content(self, task: Task, turn: Turn, text: str) -> str | None:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +24,7 @@ from llmc_faq_slider.faq.endpoint import (
 )
 from llmc_faq_slider.faq.generators import end_ids
 from llmc_faq_slider.faq.identity import check_tokenizers, model_fingerprint
+from llmc_faq_slider.faq.loading import open_model
 from llmc_faq_slider.faq.prompts import Message
 from llmc_faq_slider.faq.rendering import encode, prompt_text, template_text
 from llmc_faq_slider.faq.replies import ChatReply, parse
@@ -227,7 +227,7 @@ def local_expert(
 
     @contextmanager
     def opened() -> Iterator[Expert]:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        model = open_model(name)
         accelerated = torch.accelerator.is_available()
         if accelerated:
             model.to(torch.accelerator.current_accelerator())

@@ -1,15 +1,22 @@
 """A regenerated data set as files for other tools, and back again."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 
-from llmc_faq_slider.faq.store import DATA, MANIFEST, MESSAGES, CalibrationSet
+from llmc_faq_slider.faq.store import (
+    DATA,
+    MANIFEST,
+    MESSAGES,
+    CalibrationSet,
+    read_calibration,
+)
+from llmc_faq_slider.files import exclusive, writing
 
 ARROW = "arrow"
+_REMEDY = "name another folder to write to."
 _CARD = """\
 ---
 configs:
@@ -43,12 +50,7 @@ def export(found: CalibrationSet, folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds other files; name a new or an empty folder to write to"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / ARROW, ignore_errors=True)
     rows, length = found.input_ids.shape
-    as_dataset(found.input_ids, found.loss_mask).save_to_disk(folder / ARROW)
-    for name in (DATA, MESSAGES, MANIFEST):
-        shutil.copyfile(found.folder / name, folder / name)
     card = _CARD.format(
         rows=rows,
         length=length,
@@ -58,7 +60,14 @@ def export(found: CalibrationSet, folder: Path) -> None:
         messages=MESSAGES,
         manifest=MANIFEST,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with writing(folder, _REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder, _REMEDY):
+            shutil.rmtree(folder / ARROW, ignore_errors=True)
+            as_dataset(found.input_ids, found.loss_mask).save_to_disk(folder / ARROW)
+            for name in (DATA, MESSAGES, MANIFEST):
+                shutil.copyfile(found.folder / name, folder / name)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def as_dataset(input_ids: torch.Tensor, loss_mask: torch.Tensor) -> Dataset:
@@ -74,22 +83,20 @@ def as_dataset(input_ids: torch.Tensor, loss_mask: torch.Tensor) -> Dataset:
 
 def is_export(folder: str | Path) -> bool:
     """Whether :func:`export` wrote a folder."""
-    try:
-        content = (Path(folder).expanduser() / MANIFEST).read_text(encoding="utf-8")
-        return "answer_tokens" in json.loads(content)
-    except (OSError, ValueError):
-        return False
+    path = Path(folder).expanduser()
+    return (path / MANIFEST).is_file() and (path / DATA).is_file()
 
 
 def load_export(folder: str | Path) -> Dataset:
     """The rows of a folder that :func:`export` wrote.
 
-    :raises ValueError: when its rows are missing
+    :raises ValueError: when any of its files is not as it was written
     """
-    path = Path(folder).expanduser()
     try:
-        return Dataset.load_from_disk(path / ARROW)
+        found = read_calibration(Path(folder).expanduser())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has a manifest and no readable rows ({error}); write it again"
+            f"The calibration data in {folder} cannot be used: {error}. Write it again "
+            "with llmc-faq-slider regenerate."
         ) from error
+    return as_dataset(found.input_ids, found.loss_mask)

@@ -34,6 +34,7 @@ def failed_gate(
     truncated: bool,
     control_ids: Collection[int],
     limits: GateLimits,
+    marks: Collection[str] = (),
 ) -> str | None:
     """Name of the first gate of form a candidate fails, or None if it is valid.
 
@@ -42,6 +43,7 @@ def failed_gate(
         the prompt wrote
     :param truncated: the answer was cut off at the token limit
     :param control_ids: ids that only a template may place
+    :param marks: texts that only a template may place
     """
     if truncated and not limits.accept_truncated:
         return "truncated"
@@ -49,7 +51,9 @@ def failed_gate(
         return "too_short"
     if not think_balanced(text, truncated):
         return "think_unbalanced"
-    if any(index in control_ids for index in body_ids):
+    if any(index in control_ids for index in body_ids) or any(
+        mark in text for mark in marks
+    ):
         return "control_token"
     if zlib_ratio(text) > limits.max_zlib_ratio:
         return "compressible"

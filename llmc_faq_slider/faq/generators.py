@@ -16,7 +16,6 @@ import torch
 from loguru import logger
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -31,6 +30,7 @@ from llmc_faq_slider.faq.identity import (
     check_tokenizers,
     model_fingerprint,
 )
+from llmc_faq_slider.faq.loading import open_model
 from llmc_faq_slider.faq.prompts import Message
 from llmc_faq_slider.faq.rendering import (
     encode,
@@ -202,7 +202,7 @@ def sibling_source(
 
     @contextmanager
     def opened() -> Iterator[Generator]:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        model = open_model(name)
         check_larger(target_size, model.num_parameters(), name)
         accelerated = torch.accelerator.is_available()
         if accelerated:

@@ -90,7 +90,7 @@ class FAQModifier(FAQOptions, Modifier):
             or a server the seeds may not be sent to
         :raises EndpointError: when a server cannot be used
         :raises RegenerationError: when too few answers are valid
-        :raises StoreBusyError: while another process makes the same candidates
+        :raises FolderBusyError: while another process makes the same candidates
         """
         assert self._handoff is not None
         target = _target(state.model)

@@ -248,4 +248,7 @@ def options_of(fields: Mapping[str, Any], assignments: Sequence[str]) -> FAQOpti
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":
+            # names what it found itself, and leaves keys in URLs out
+            raise ValueError(f"{name}: {first['ctx']['error']}".lstrip(": ")) from None
         raise ValueError(f"{name}: {first['msg']}, found {first['input']!r}") from None

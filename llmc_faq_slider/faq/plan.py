@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmc_faq_slider.faq.competition import Referee
 from llmc_faq_slider.faq.generators import GeneratorSource
+from llmc_faq_slider.faq.plain import marks, plain_seeds
 from llmc_faq_slider.faq.preparation import batches, conversation
 from llmc_faq_slider.faq.seeds import Seed
 from llmc_faq_slider.faq.settings import Settings
@@ -57,6 +58,7 @@ def plan(
     """
     single = replace(settings, num_candidates=1, batch_size=pilot, retries=0)
     talk = conversation(target, source, single)
+    seeds = plain_seeds(seeds, marks(target, source.tokenizer))
     referee = Referee(talk, single, None)
     tasks = [t for batch in islice(batches(seeds, single), 1) for t in batch]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:

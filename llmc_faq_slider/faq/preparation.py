@@ -27,6 +27,7 @@ from llmc_faq_slider.faq.seeds import Seed
 from llmc_faq_slider.faq.settings import CONTINUATION_TOKENS, Settings
 from llmc_faq_slider.faq.store import Candidate
 
+_PLAIN_ROLES = {"user", "assistant"}
 #: how often the whole seed set may be answered anew when it is short of tokens
 MAX_ROUNDS = 16
 
@@ -225,7 +226,8 @@ def original(seed: Seed, talk: Conversation, max_tokens: int) -> list[int] | Non
     """Ids of the seed as it was given, or None for a bare request without answer."""
     if seed.kind == "text":
         return list(talk.target(seed.text)["input_ids"])[:max_tokens]
-    if seed.kind == "messages" and talk.is_chat and seed.messages[-1][0] == "assistant":
+    roles = [role for role, _ in seed.messages]
+    if talk.is_chat and roles[-1:] == ["assistant"] and set(roles) <= _PLAIN_ROLES:
         messages = [{"role": role, "content": said} for role, said in seed.messages]
         text = talk.target.apply_chat_template(messages, tokenize=False)
         return encode(talk.target, str(text))[:max_tokens]

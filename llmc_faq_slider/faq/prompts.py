@@ -21,7 +21,6 @@ _PASSAGE_REASONING = (
     "conclude. "
 )
 _SHOW_REASONING = "\n\nThink step by step and show your reasoning before the answer."
-_CHAT_ROLES = ("system", "user")
 
 Message = dict[str, str]
 
@@ -45,8 +44,8 @@ def turns(
     """What is said before each answer: one list of messages per assistant turn.
 
     The assistant turns of a chat are dropped, to be written anew one after another. A
-    chat ends where another role than system, user and assistant comes in, because the
-    calls that tools answer are not regenerated. Reasoning is asked for once, in the
+    chat ends where another role than user and assistant comes in, because the calls
+    that tools answer are not regenerated. Reasoning is asked for once, in the
     first user turn.
     """
     reasoning = _SHOW_REASONING if wrapping.reasoning else ""
@@ -62,8 +61,8 @@ def turns(
             # an assistant that speaks first answers nothing
             if any(message["role"] == "user" for message in said[-1]):
                 said.append([])
-        elif role in _CHAT_ROLES:
-            said[-1].append({"role": role, "content": content})
+        elif role == "user":
+            said[-1].append({"role": "user", "content": content})
         else:
             break
     asked_turns = [turn for turn in said if any(m["role"] == "user" for m in turn)]

@@ -18,6 +18,7 @@ from llmc_faq_slider.faq.generators import GeneratorSource
 from llmc_faq_slider.faq.grading import Experts, grade
 from llmc_faq_slider.faq.manifest import candidate_facts, dataset_facts, manifest
 from llmc_faq_slider.faq.packing import pack
+from llmc_faq_slider.faq.plain import marks, plain_seeds
 from llmc_faq_slider.faq.preparation import Conversation, Task, batches, conversation
 from llmc_faq_slider.faq.seeds import Seed, seed_texts
 from llmc_faq_slider.faq.settings import Settings
@@ -42,7 +43,7 @@ def regenerate(
     Prompts are answered in batches until N x L tokens stand to choose from; the seed
     set is answered anew, with other random numbers, when it is too small.
 
-    :param seeds: what to regenerate from
+    :param seeds: what to regenerate from; what they say stays in user turns
     :param target: tokenizer (with chat template) of the model to be quantised
     :param source: who writes the candidates
     :param settings: sizes, sampling, gates, selection
@@ -50,13 +51,19 @@ def regenerate(
     :param experts: who is asked for scores, where the selector wants any
     :param evaluation: what the data must not share a run of 13 words with
     :raises RegenerationError: when too few answers are valid
-    :raises StoreBusyError: while another process makes the same candidates
+    :raises FolderBusyError: while another process makes the same candidates
     """
+    plain = plain_seeds(seeds, marks(target, source.tokenizer))
+    if not plain:
+        raise RegenerationError(
+            f"FAQModifier: the {len(seeds)} seeds hold nothing but marks of chat "
+            "templates. Give other seeds."
+        )
     check = Evaluation(t for s in evaluation for t in seed_texts(s))
-    clean = [s for s in seeds if not any(check.overlaps(t) for t in seed_texts(s))]
+    clean = [s for s in plain if not any(check.overlaps(t) for t in seed_texts(s))]
     if not clean:
         raise RegenerationError(
-            f"FAQModifier: all {len(seeds)} seeds share a run of 13 words with the "
+            f"FAQModifier: all {len(plain)} seeds share a run of 13 words with the "
             "evaluation set. Give other seeds."
         )
     talk = conversation(target, source, settings)
@@ -74,7 +81,7 @@ def regenerate(
         with ExitStack() as stack, bar:
             writer = Writer(source, settings, talk, log, stack, bar)
             outcome = _collect(clean, settings, talk, writer, bar, check)
-        outcome.counts["seeds_overlapping"] = len(seeds) - len(clean)
+        outcome.counts["seeds_overlapping"] = len(plain) - len(clean)
         graded = grade(outcome.groups, settings, experts, store, candidate_key)
         outcome.counts["groups_unjudged"] = graded.unjudged
         queued = queues(outcome, graded.scores, settings)

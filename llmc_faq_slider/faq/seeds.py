@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -64,14 +66,14 @@ def load_seeds(source: str, split: str | None = None) -> list[Seed]:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        records = _read_file(path)
+        records: Iterable[Any] = _read_file(path)
     elif path.suffix in (".json", ".jsonl", ".txt", ".parquet") or path.is_dir():
         raise ValueError(
             f"seeds: no file at {source!r}. Give a json, jsonl, txt or parquet file "
             "or the name of a data set on the hub."
         )
     else:
-        records = load_dataset(source, split=split or "train")
+        records = _from_hub(source, split or "train")
     seeds = [_parse(record, source) for record in records]
     return _unique(seeds, source)
 
@@ -129,25 +131,57 @@ def _unpadded(batch: Any) -> list[list[int]]:
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
+def _from_hub(name: str, split: str) -> Iterable[Any]:
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"seeds: {name!r} is no file here, and its split {split!r} cannot be read "
+            f"as a data set of the hub: {reason}"
+        ) from error
+
+
 def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     if path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = enumerate(_text(path).split("\n"), start=1)
+        return [_json(line, f"line {n} of {path}") for n, line in lines if line.strip()]
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _json(_text(path), str(path))
         if not isinstance(content, list):
             raise ValueError(
                 f"seeds: {path} holds a {type(content).__name__}, not a list of records"
             )
         return content
     if path.suffix == ".txt":
-        passages = path.read_text(encoding="utf-8").split("\n\n")
-        return [{"text": passage} for passage in passages]
+        return [{"text": passage} for passage in _text(path).split("\n\n")]
     if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
+        return _parquet(path)
     raise ValueError(
         f"seeds: cannot read {path.name}: use a .json, .jsonl, .txt or .parquet file"
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"seeds: {path} is not UTF-8 text: {error}") from error
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"seeds: {place} is no JSON: {error}") from error
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"seeds: {path} is no parquet file: {reason}") from error
 
 
 def _parse(record: Any, source: str) -> Seed:
@@ -156,6 +190,7 @@ def _parse(record: Any, source: str) -> Seed:
     if not isinstance(record, Mapping):
         raise ValueError(f"seeds: {source!r} holds a record that is no object")
     part = next((str(record[c]) for c in _SOURCE_COLUMNS if record.get(c)), "")
+    part = _clean(part)
     for column in _MESSAGES_COLUMNS:
         if record.get(column):
             chat = _chat(record[column], source)
@@ -174,7 +209,8 @@ def _parse(record: Any, source: str) -> Seed:
             chat = (("user", text), ("assistant", _clean(answer)))
             return Seed("messages", messages=chat, source=part)
     if "text" in record:
-        return Seed("text", text=_clean(str(record["text"])), source=part)
+        passage = "" if record["text"] is None else str(record["text"])
+        return Seed("text", text=_clean(passage), source=part)
     raise ValueError(
         f"seeds: {source!r} has the columns {sorted(record)}; expected one of "
         f"{', '.join((*_MESSAGES_COLUMNS, *_PROMPT_COLUMNS, 'text'))}"
@@ -191,7 +227,7 @@ def _chat(turns: Any, source: str) -> tuple[tuple[str, str], ...]:
             )
         role = str(turn.get("role") or turn.get("from"))
         content = turn.get("content") or turn.get("value") or ""
-        chat.append((_ROLES.get(role, role), _clean(_plain(content))))
+        chat.append((_ROLES.get(role, _clean(role)), _clean(_plain(content))))
     return tuple(chat)
 
 
@@ -211,7 +247,9 @@ def _clean(text: str) -> str:
 
 
 def _unique(seeds: Iterable[Seed], source: str) -> list[Seed]:
-    filled = [s for s in seeds if s.text or any(r == "user" for r, _ in s.messages)]
+    filled = [
+        s for s in seeds if s.text or any(r == "user" and c for r, c in s.messages)
+    ]
     unique = list({seed.id: seed for seed in filled}.values())
     if not unique:
         raise ValueError(f"seeds: {source!r} holds no text to regenerate from")

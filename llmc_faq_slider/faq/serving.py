@@ -8,7 +8,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from llmc_faq_slider.faq.endpoint import (
@@ -19,6 +19,7 @@ from llmc_faq_slider.faq.endpoint import (
     RequestRefused,
 )
 from llmc_faq_slider.faq.identity import encoding_probe, tokenizer_hash
+from llmc_faq_slider.faq.records import seal, unseal
 from llmc_faq_slider.faq.rendering import encode, prompt_text, template_text
 from llmc_faq_slider.faq.replies import (
     ChatReply,
@@ -29,6 +30,7 @@ from llmc_faq_slider.faq.replies import (
     parse,
     prompt_logprobs,
 )
+from llmc_faq_slider.files import writing
 
 Api = Literal["auto", "completions", "chat"]
 
@@ -154,8 +156,8 @@ def recall(
         return None
     path = _path(folder, address, model, target)
     try:
-        return Served.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+        return Served.model_validate(unseal(json.loads(path.read_bytes())))
+    except (OSError, ValueError):
         return None
 
 
@@ -163,10 +165,12 @@ def remember(
     folder: Path, address: Address, served: Served, target: PreTrainedTokenizerBase
 ) -> None:
     path = _path(folder, address, served.model, target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(served.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps(seal(served.model_dump()), indent=2) + "\n"
+    with writing(path.parent, "give the data stage another `cache_dir`."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
 
 
 def _path(

@@ -4,13 +4,12 @@ Below the root, the logs in ``candidates/<key>/`` only ever grow, and
 ``datasets/<key>/`` holds ``calibration.safetensors`` (``input_ids`` int32 [N, L],
 ``loss_mask`` uint8 [N, L]), ``messages.jsonl`` (the samples it was packed from) and
 ``manifest.json``. A key is the hash of all that decides the content, so a changed
-setting never meets a stale file.
+setting never meets a stale file. Records carry checksums, so a changed byte is noticed.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,25 +17,28 @@ from typing import Any
 
 import torch
 from loguru import logger
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, with_config
+from safetensors.torch import load, save
 
-from llmc_faq_slider.files import (
-    FolderBusyError,
-    exclusive,
-    file_hash,
-    settle,
-    write_json,
-    writing,
+from llmc_faq_slider.faq.records import (
+    BrokenSeal,
+    append_record,
+    read_records,
+    seal,
+    unseal,
 )
+from llmc_faq_slider.files import exclusive, settle, write_json, writing
 
 _KEY_DIGITS = 16
 DATA = "calibration.safetensors"
 MESSAGES = "messages.jsonl"
 MANIFEST = "manifest.json"
 
-StoreBusyError = FolderBusyError
+
+_REMEDY = "give the data stage another `cache_dir`."
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Candidate:
     """One stored answer.
@@ -60,6 +62,13 @@ class Candidate:
     exact: bool = True
     failure: str | None = None
     prompt_tokens: int = 0
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class _Scores:
+    of: str
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,7 @@ class CandidateLog:
     def __init__(self, path: Path):
         self._path = path
         self._known: dict[tuple[str, int], Candidate] = {}
-        for number, record in _read_lines(path):
-            try:
-                candidate = Candidate(**record)
-            except TypeError as error:
-                raise _spoilt(path, number, error) from error
+        for candidate in read_records(path, Candidate):
             self._known[candidate.prompt_id, candidate.index] = candidate
 
     def get(self, prompt_id: str, index: int) -> Candidate | None:
@@ -106,7 +111,7 @@ class CandidateLog:
         """Write a candidate, unless it is known, and wait until it is on disk."""
         key = candidate.prompt_id, candidate.index
         if key not in self._known:
-            _append_line(self._path, asdict(candidate))
+            append_record(self._path, asdict(candidate), _REMEDY)
             self._known[key] = candidate
 
     def note(self, candidate: Candidate) -> None:
@@ -120,18 +125,15 @@ class ScoreLog:
     def __init__(self, path: Path):
         self._path = path
         self._known: dict[str, list[float]] = {}
-        for number, record in _read_lines(path):
-            try:
-                self._known[record["of"]] = record["scores"]
-            except (KeyError, TypeError) as error:
-                raise _spoilt(path, number, error) from error
+        for record in read_records(path, _Scores):
+            self._known[record.of] = record.scores
 
     def get(self, of: str) -> list[float] | None:
         return self._known.get(of)
 
     def append(self, of: str, scores: list[float]) -> None:
         """Write scores and wait until they are on disk. An empty list is a failure."""
-        _append_line(self._path, {"of": of, "scores": scores})
+        append_record(self._path, asdict(_Scores(of, scores)), _REMEDY)
         self._known[of] = scores
 
 
@@ -144,20 +146,18 @@ class Store:
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Keep the candidates of a key to this process, which may end in any way.
 
-        :raises StoreBusyError: while another process has them
-        :raises WriteError: if the folder cannot be written to
+        :raises FolderBusyError: while another process has them
+        :raises FolderError: if the folder cannot be written to
         """
-        advice = "give this run a `cache_dir` of its own"
-        return exclusive(self._candidate_folder(key), advice)
+        return exclusive(self._candidate_folder(key), _REMEDY)
 
     def candidates(self, key: str, settings: Mapping[str, Any]) -> CandidateLog:
         """The log of one key; ``settings`` are written beside it for readers."""
         folder = self._candidate_folder(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        log = CandidateLog(folder / "candidates.jsonl")
-        with writing(folder):
+        with writing(folder, _REMEDY):
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "settings.json", settings)
-        return log
+        return CandidateLog(folder / "candidates.jsonl")
 
     def scores(self, key: str, expert_key: str) -> ScoreLog:
         """What one expert said of the candidates of a key."""
@@ -172,19 +172,10 @@ class Store:
         if not all((folder / name).is_file() for name in (MANIFEST, MESSAGES, DATA)):
             return None
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except ValueError:
-            manifest = {}
-        found = {name: file_hash(folder / name) for name in (DATA, MESSAGES)}
-        if manifest.get("sha256") != found:
-            logger.warning(
-                f"FAQ: {folder} does not match its manifest and is built anew"
-            )
+            return read_calibration(folder)
+        except BrokenSeal as error:
+            logger.warning(f"FAQ: {error}; the data set is built anew")
             return None
-        tensors = load_file(folder / DATA)
-        return CalibrationSet(
-            tensors["input_ids"], tensors["loss_mask"], manifest, True, folder
-        )
 
     def write_dataset(
         self,
@@ -199,15 +190,18 @@ class Store:
         :param messages: a record per sample
         """
         folder = self.dataset_folder(key)
-        with writing(folder):
+        lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
+        files = {
+            DATA: save({"input_ids": input_ids, "loss_mask": loss_mask}),
+            MESSAGES: "".join(lines).encode(),
+        }
+        hashes = {name: hashlib.sha256(b).hexdigest() for name, b in files.items()}
+        full = seal({**manifest, "key": key, "sha256": hashes})
+        with writing(folder, _REMEDY):
             folder.mkdir(parents=True, exist_ok=True)
-            parts = {name: folder / (name + ".part") for name in (DATA, MESSAGES)}
-            save_file({"input_ids": input_ids, "loss_mask": loss_mask}, parts[DATA])
-            lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
-            parts[MESSAGES].write_text("".join(lines), encoding="utf-8")
-            hashes = {name: file_hash(part) for name, part in parts.items()}
-            full = {**manifest, "key": key, "sha256": hashes}
-            for name, part in parts.items():
+            for name, content in files.items():
+                part = folder / (name + ".part")
+                part.write_bytes(content)
                 settle(part, folder / name)
             write_json(folder / MANIFEST, full)
         return CalibrationSet(input_ids, loss_mask, full, False, folder)
@@ -216,32 +210,21 @@ class Store:
         return self.root / "candidates" / key
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered records of a log; an incomplete last line is cut off the file."""
-    if not path.is_file():
-        return
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        logger.warning(f"FAQ: cut off an incomplete last line of {path}")
-        os.truncate(path, len(whole))
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise _spoilt(path, number, error) from error
+def read_calibration(folder: Path) -> CalibrationSet:
+    """A finished data set, if every byte of it is as it was written.
 
-
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
-    with writing(path), path.open("ab") as file:
-        # one write, so that a kill leaves at most one incomplete line, at the end
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _spoilt(path: Path, number: int, error: Exception) -> ValueError:
-    return ValueError(
-        f"line {number} of {path} cannot be read ({error}); remove the file to have "
-        "its content made again"
+    :raises BrokenSeal: naming what is not
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        unseal(manifest)
+    except ValueError as error:
+        raise BrokenSeal(f"{folder / MANIFEST} is damaged: {error}") from error
+    content = {name: (folder / name).read_bytes() for name in (DATA, MESSAGES)}
+    for name, data in content.items():
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
+            raise BrokenSeal(f"{folder / name} does not match the manifest beside it")
+    tensors = load(content[DATA])
+    return CalibrationSet(
+        tensors["input_ids"], tensors["loss_mask"], manifest, True, folder
     )

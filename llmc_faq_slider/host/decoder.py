@@ -96,6 +96,11 @@ def calibration_samples(
                 "rows with an input_ids column."
             )
         ids = torch.as_tensor(batch["input_ids"])
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"The calibration data's input_ids are {str(ids.dtype)[6:]} numbers, "
+                "and token ids are whole. Tokenise the data again."
+            )
         mask = batch.get("attention_mask")
         valid = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
         counted = batch.get("loss_mask")

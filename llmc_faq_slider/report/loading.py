@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,7 +94,10 @@ def load_model(model: str, dtype: Dtype = "auto") -> PreTrainedModel:
     :raises ValueError: if it is none, or its weights are missing
     """
     with _loading(f"{model!r} cannot be loaded as a causal language model"):
-        return AutoModelForCausalLM.from_pretrained(_source(model), dtype=dtype).eval()
+        # files of other kinds can hold code that runs when they are read
+        return AutoModelForCausalLM.from_pretrained(
+            _source(model), dtype=dtype, use_safetensors=True
+        ).eval()
 
 
 def _source(model: str) -> str:
@@ -105,7 +109,7 @@ def _source(model: str) -> str:
 def _loading(problem: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{problem}: {_first_line(error)}") from error
 
 

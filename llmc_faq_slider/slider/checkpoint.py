@@ -31,6 +31,10 @@ Record = dict[str, Any]
 
 FORMAT = 1
 SHOWN_CHARACTERS = 40
+_REMEDY = (
+    "name another `checkpoint_dir`, and run the same command again. What was saved "
+    "before is intact."
+)
 
 
 class StateError(RuntimeError):
@@ -79,7 +83,7 @@ class Checkpoint:
         :param progress: JSON-like
         :param tensors: new tensors by role and name; those of other roles stay
         :param drop: roles that are no longer needed
-        :raises WriteError: if it cannot be written; the newest state then stays
+        :raises FolderError: if it cannot be written; the newest state then stays
         """
         number = max(self._numbers(), default=-1) + 1
         before = self._records[self._number]["files"] if self._records else {}
@@ -87,7 +91,7 @@ class Checkpoint:
         for role, named in tensors.items():
             path = self.folder / f"{role}-{number:06d}.safetensors"
             part = path.with_name(path.name + ".part")
-            with writing(path):
+            with writing(self.folder, _REMEDY):
                 save_file({n: t.cpu().contiguous() for n, t in named.items()}, part)
                 files[role] = {"name": path.name, "sha256": file_hash(part)}
                 settle(part, path)
@@ -98,7 +102,7 @@ class Checkpoint:
             "files": files,
         }
         path = self.folder / f"state-{number:06d}.json"
-        with writing(path):
+        with writing(self.folder, _REMEDY):
             write_json(path, record)
         kept = {number: record}
         if self._records:
@@ -181,10 +185,10 @@ def open_checkpoint(
     The states of one stage, kept to this process.
 
     :raises FolderBusyError: while another process has the folder
-    :raises WriteError: if the folder cannot be written to
+    :raises FolderError: if the folder cannot be written to
     :raises StateError: as :class:`Checkpoint` does
     """
-    with exclusive(folder, "name another checkpoint_dir"):
+    with exclusive(folder, _REMEDY):
         yield Checkpoint(folder, fingerprint)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmc_faq_slider.slider.rows import check_rows, warn_of_idle_experts
+
 __all__ = [
     "DecoderCalls",
     "capture_decoder",
@@ -72,10 +74,12 @@ def capture_decoder(
     :param rows: token ids ``[length]`` without padding
     :return: hidden states ``[1, length, hidden]`` per row, in the model's dtype, on the
         CPU, and the calls
-    :raises ValueError: if a layer's input is not finite, not the output of the layer
-        before it, has another shape, or a layer is given anything else that depends on
-        the tokens
+    :raises ValueError: if the model cannot read the rows; if a layer's input is not
+        finite, not the output of the layer before it, has another shape, or a layer is
+        given anything else that depends on the tokens
     """
+    check_rows(model, rows)
+    warn_of_idle_experts(model, rows, device)
     arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     hidden: list[Tensor] = []
     previous: list[Tensor] = []

@@ -540,5 +540,10 @@ def table(find: Callable[[Case], list]) -> str:
 if __name__ == "__main__":
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        TABLE.write_text(table(lambda case: findings_of(case, Path(folder))))
+    from bad_arguments import section, sentence_of
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipes = table(lambda case: findings_of(case, folder))
+        calls = section(lambda a: sentence_of(a, folder / a.title))
+    TABLE.write_text(f"{recipes}\n{calls}")

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from llmc_faq_slider.files import FolderBusyError, WriteError
+from llmc_faq_slider.files import FolderBusyError, FolderError
 from llmc_faq_slider.slider.checkpoint import Checkpoint, StateError, open_checkpoint
 
 pytestmark = pytest.mark.unit
@@ -55,7 +55,6 @@ def test_two_states_and_what_they_need_are_kept(folder):
     saved(folder, range(9))
     names = sorted(p.name for p in folder.iterdir())
     assert names == [
-        ".lock",
         "layer-0-000006.safetensors",
         "layer-0-000008.safetensors",
         "layer-1-000007.safetensors",
@@ -90,11 +89,11 @@ def test_a_role_that_is_dropped_is_gone(folder):
 )
 def test_another_run_is_refused_by_name(folder, changed, message):
     saved(folder, range(2))
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(StateError, match=message):
         saved_with = open_checkpoint(folder, changed)
         saved_with.__enter__()
-    after = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    after = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert before == after
 
 
@@ -141,7 +140,7 @@ def fill_the_disk(folder):
     with open_checkpoint(folder, FACTS) as checkpoint:
         try:
             checkpoint.save({"windows": 9}, {"layer-0": {"x": torch.zeros(4096)}})
-        except WriteError as error:
+        except FolderError as error:
             os._exit(17 if "What was saved before is intact" in str(error) else 18)
     os._exit(0)
 
@@ -162,8 +161,8 @@ def write_as_nobody(folder):
     try:
         with open_checkpoint(folder, FACTS):
             os._exit(0)
-    except WriteError as error:
-        os._exit(17 if "name a folder that can be written to" in str(error) else 18)
+    except FolderError as error:
+        os._exit(17 if "name another `checkpoint_dir`" in str(error) else 18)
 
 
 def test_a_read_only_folder_is_refused(tmp_path):
@@ -178,7 +177,7 @@ def open_second(folder):
             os._exit(0)
     except FolderBusyError as error:
         text = str(error)
-        os._exit(17 if str(os.getppid()) in text and "checkpoint_dir" in text else 18)
+        os._exit(17 if "Another process" in text and "checkpoint_dir" in text else 18)
 
 
 def test_a_second_process_is_refused_and_the_lock_ends_with_its_owner(folder):

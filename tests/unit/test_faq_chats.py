@@ -109,26 +109,26 @@ def test_each_turn_answers_the_generators_own_earlier_ones(
     tokenizer, scribe, tmp_path, independent
 ) -> None:
     result = run(tokenizer, scribe, tmp_path, seeds=CHATS, independent=independent)
-    second = [r for r in scribe.requests if len(r.messages) == 4]
+    second = [r for r in scribe.requests if len(r.messages) == 3]
     assert len(second) == len(scribe.requests) / 2
     written = {
         tokenizer.decode(scribe.random(r).ids[:-1])
         for r in scribe.requests
-        if len(r.messages) == 2
+        if len(r.messages) == 1
     }
     before = [
         [*r.ids, *scribe.random(r).ids[:-1]]
         for r in scribe.requests
-        if len(r.messages) == 2
+        if len(r.messages) == 1
     ]
     for request in second:
-        assert request.messages[2]["content"] in written
+        assert request.messages[1]["content"] in written
         # the very ids that were drawn, which their text would not give again
         assert any(request.ids[: len(ids)] == ids for ids in before)
         assert "old answer" not in tokenizer.decode(request.ids)
     for record in records(result):
         assert [m["role"] for m in record["messages"]] == [
-            *("system", "user", "assistant", "user", "assistant")
+            *("user", "assistant", "user", "assistant")
         ]
     # the second turn goes on from the first one's ids, so a chat is one sample
     texts = [r["text"] for r in records(result)]
@@ -145,8 +145,8 @@ def test_a_chat_ends_with_an_answer_that_was_cut_off(
 
     scribe.write = cut
     result = run(tokenizer, scribe, tmp_path, seeds=CHATS)
-    finished = sum(cut(r).finished for r in scribe.requests if len(r.messages) == 2)
-    assert len([r for r in scribe.requests if len(r.messages) == 4]) == finished
+    finished = sum(cut(r).finished for r in scribe.requests if len(r.messages) == 1)
+    assert len([r for r in scribe.requests if len(r.messages) == 3]) == finished
     assert result.manifest["counts"]["candidates_truncated"] > 0
 
 
@@ -175,14 +175,15 @@ def test_thinking_models_get_a_sample_per_turn(small_model, scribe, tmp_path) ->
     scribe.write = think
     settings = replace(SETTINGS, selector="random", enable_thinking=True)
     result = run(tokenizer, scribe, tmp_path, settings, CHATS)
-    second = next(r for r in scribe.requests if len(r.messages) == 4)
-    assert "</think>" in second.messages[2]["content"]
+    second = next(r for r in scribe.requests if len(r.messages) == 3)
+    assert "</think>" in second.messages[1]["content"]
     assert "hm, let me see" not in tokenizer.decode(second.ids)
     assert second.enable_thinking is True
     for record in records(result):
         # a sample per turn, each with its own thought in front of its answer
         assert record["text"].count("<think>\nhm, let me see\n</think>") == 2
-        assert record["text"].count("system\nbe brief") == 2
+        assert record["text"].count("user\nbe brief") == 2
+        assert "system" not in record["text"]
 
 
 def test_a_thought_that_was_cut_off_is_a_cut_off_answer(

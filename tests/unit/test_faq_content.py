@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from generated import cases
 from hypothesis import strategies as st
 
 from llmc_faq_slider.faq.choice import Pick, choose
@@ -91,7 +91,8 @@ def test_near_duplicates_count_across_prompts_only() -> None:
     assert seen.failed("b", "other", [*ids[:60], *range(500, 540)]) is None
 
 
-@given(
+@cases(
+    100,
     st.lists(st.integers(0, 5), min_size=6, max_size=60),
     st.lists(st.integers(0, 5), min_size=6, max_size=60),
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from generated import cases
 from hypothesis import strategies as st
 
 from llmc_faq_slider.faq.content_gates import normalised
@@ -114,7 +114,8 @@ def test_render_closes_a_turn_once_and_masks_the_prompt() -> None:
     assert render([1], [7], None) == Sample([1, 7], [0, 1])
 
 
-@given(
+@cases(
+    100,
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
     row_length=st.integers(1, 16),
     seed=st.integers(0, 5),

@@ -117,12 +117,9 @@ def messages(seed, reasoning, tokenizer, tokens=64, answers=()):
 
 
 def test_chats_are_put_turn_by_turn(tokenizer) -> None:
-    chat = (("system", "be brief"), ("user", "q"), ("assistant", "a"), ("user", "r"))
+    chat = (("user", "q"), ("assistant", "a"), ("user", "r"))
     seed = Seed("messages", messages=chat)
-    first = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "q"},
-    ]
+    first = [{"role": "user", "content": "q"}]
     assert messages(seed, False, tokenizer) == first
     assert messages(seed, False, tokenizer, answers=["new"]) == [
         *first,

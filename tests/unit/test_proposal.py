@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from generated import cases
 from hypothesis import strategies as st
 
 from llmc_faq_slider.slider.proposal import propose_windows
@@ -18,8 +18,7 @@ def counts(measured):
     return proposal.shallow_layers, proposal.deep_layers
 
 
-@given(values)
-@settings(max_examples=500)
+@cases(500, values)
 def test_the_proposed_layers_are_the_unbroken_run_above_the_threshold(measured):
     proposal = propose_windows(measured)
     at_most = max(1, len(measured) // 3)
@@ -34,24 +33,24 @@ def test_the_proposed_layers_are_the_unbroken_run_above_the_threshold(measured):
             assert run[count] <= proposal.threshold
 
 
-@given(values)
+@cases(100, values)
 def test_the_rule_is_the_same_from_both_ends(measured):
     assert counts(measured[::-1]) == counts(measured)[::-1]
 
 
-@given(values, st.integers(-10, 10))
+@cases(100, values, st.integers(-10, 10))
 def test_the_unit_does_not_matter(measured, power):
     # A power of two scales every number without rounding.
     assert counts([value * 2.0**power for value in measured]) == counts(measured)
 
 
-@given(
+@cases(
+    300,
     num_layers=st.integers(3, 100),
     ends=st.tuples(st.integers(0, 33), st.integers(0, 33)),
     level=st.floats(1e-4, 1e2),
     data=st.data(),
 )
-@settings(max_examples=300)
 def test_ends_that_stand_out_are_found(num_layers, ends, level, data):
     shallow, deep = (min(end, num_layers // 3) for end in ends)
     quiet = st.floats(0.95 * level, 1.05 * level)
@@ -63,12 +62,12 @@ def test_ends_that_stand_out_are_found(num_layers, ends, level, data):
     assert counts(measured) == (max(1, shallow), max(1, deep))
 
 
-@given(st.integers(1, 100), st.floats(0, 10))
+@cases(100, st.integers(1, 100), st.floats(0, 10))
 def test_equal_layers_give_one_of_each(num_layers, value):
     assert counts([value] * num_layers) == (1, 1)
 
 
-@given(st.permutations(range(6)))
+@cases(100, st.permutations(range(6)))
 def test_only_the_ends_have_an_order(order):
     middle = [1.0, 1.1, 0.9, 5.0, 1.2, 0.8]
     measured = [9, 7, 1, 9, 1, 1] + [middle[i] for i in order] + [1, 1, 1, 1, 8, 9]

@@ -10,8 +10,9 @@ from pathlib import Path
 import bad_recipes
 import pytest
 import yaml
+from bad_arguments import ARGUMENTS, section, sentence_of
 from bad_recipes import CASES, ROOT, findings_of
-from hypothesis import HealthCheck, given, settings
+from generated import cases
 from hypothesis import strategies as st
 from llmcompressor.recipe import Recipe
 from typer.testing import CliRunner
@@ -74,9 +75,24 @@ def test_every_kind_of_finding_has_a_bad_input():
     assert written <= {"recipe-type", "no-stage", "arguments"}
 
 
-def test_list_of_bad_inputs_is_up_to_date(found):
-    written = bad_recipes.table(lambda case: found[case.title])
-    assert bad_recipes.TABLE.read_text() == written, (
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> dict[str, str]:
+    """What every bad argument gives."""
+    folder = tmp_path_factory.mktemp("arguments")
+    return {a.title: sentence_of(a, folder / a.title) for a in ARGUMENTS}
+
+
+@pytest.mark.parametrize("title", [argument.title for argument in ARGUMENTS])
+def test_bad_argument_gives_a_sentence(title, sentences):
+    sentence = sentences[title]
+    assert sentence[-1] in ".?" and "\n" not in sentence
+    assert 20 < len(sentence) < 400 and "Traceback" not in sentence
+
+
+def test_list_of_bad_inputs_is_up_to_date(found, sentences):
+    recipes = bad_recipes.table(lambda case: found[case.title])
+    calls = section(lambda argument: sentences[argument.title])
+    assert bad_recipes.TABLE.read_text() == f"{recipes}\n{calls}", (
         "run .venv/bin/python tests/unit/bad_recipes.py"
     )
 
@@ -185,12 +201,7 @@ def _upstream_modifiers(path: Path) -> int | None:
         return None
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(text=mutated_documents() | mutated_text())
+@cases(400, text=mutated_documents() | mutated_text())
 def test_no_recipe_ends_in_a_traceback(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, "utf-8", errors="surrogatepass")
@@ -206,8 +217,7 @@ def test_no_recipe_ends_in_a_traceback(text, tmp_path):
         assert errors(findings)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60))
+@cases(200, text=st.text(max_size=60))
 def test_no_text_ends_in_a_traceback(text):
     assert errors(lint_recipe(text)[1])
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from bad_recipes import FP8, INT4, INT8, ROOT, group, slider
-from hypothesis import given, settings
+from generated import cases
 from hypothesis import strategies as st
 from loguru import logger
 
@@ -173,8 +173,7 @@ def groups(draw):
     }
 
 
-@settings(max_examples=300, deadline=None)
-@given(config=groups(), target=st.sampled_from([t.name for t in known_targets()]))
+@cases(300, config=groups(), target=st.sampled_from([t.name for t in known_targets()]))
 def test_every_group_gets_a_consistent_answer(config, target):
     hardware = find_target(target)
     serving = serve(config, hardware)

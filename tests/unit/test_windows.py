@@ -1,7 +1,7 @@
 """The window schedule, for every model depth and setting."""
 
 import pytest
-from hypothesis import given, settings
+from generated import cases
 from hypothesis import strategies as st
 
 from llmc_faq_slider.slider.windows import window_schedule
@@ -17,13 +17,13 @@ def visits(windows, num_layers):
     return [sum(layer in w.layers for w in windows) for layer in range(num_layers)]
 
 
-@given(
+@cases(
+    500,
     num_layers=st.integers(1, 100),
     shallow=st.integers(0, 12),
     deep=st.integers(0, 12),
     size_and_stride=sizes,
 )
-@settings(max_examples=500, deadline=None)
 def test_every_setting_covers_every_layer_in_order(
     num_layers, shallow, deep, size_and_stride
 ):
