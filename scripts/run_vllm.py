@@ -94,7 +94,9 @@ def probe(
         scheme = getattr(linear, "scheme", None)
         kernels[name] = [type(scheme).__name__, kernel_name(scheme)]
         result = linear(inputs)
-        outputs[name] = (result[0] if isinstance(result, tuple) else result).contiguous()
+        outputs[name] = (
+            result[0] if isinstance(result, tuple) else result
+        ).contiguous()
     return kernels, outputs
 
 

@@ -55,13 +55,57 @@ class Server:
         )
         return body["choices"][0]["message"]["content"]
 
-    def complete(self, prompt: str, max_tokens: int = 64) -> str:
-        """Returns the greedy continuation of a text."""
+    def complete(self, prompt: str | Sequence[int], max_tokens: int = 64) -> str:
+        """Returns the greedy continuation of a text, or of token ids."""
         body = self._post(
             "/v1/completions",
             {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
         )
         return body["choices"][0]["text"]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 64,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Yields the greedy continuation piece by piece, as it is made."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": ignore_eos,
+        }
+        for choice in self._stream("/v1/completions", body):
+            yield choice["text"]
+
+    def stream_chat(self, question: str, max_tokens: int = 64) -> Iterator[str]:
+        """Yields the greedy answer to one user message piece by piece."""
+        body = {
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        for choice in self._stream("/v1/chat/completions", body):
+            if choice["delta"].get("content"):
+                yield choice["delta"]["content"]
+
+    def _stream(self, path: str, body: dict[str, object]) -> Iterator[dict]:
+        """Yields the first choice of every server-sent event."""
+        request = {"model": MODEL_NAME, "stream": True, **body}
+        with httpx.stream(
+            "POST", f"{self.url}{path}", json=request, timeout=600
+        ) as answer:
+            if answer.is_error:
+                answer.read()
+                raise ServerError(f"{path}: {answer.status_code} {answer.text[:500]}")
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                choices = json.loads(data)["choices"]
+                if choices:
+                    yield choices[0]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Returns the log-probability of every token of the prompt but the first."""
