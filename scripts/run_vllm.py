@@ -3,8 +3,9 @@
 Runs with the Python of the serving environment; benchmarks/served.py starts it. Reads
 from standard input
 
-    {"checkpoints": [folder, ...], "rows": [[id, ...], ...], "prompts": [[id, ...], ...],
-     "max_tokens": 16, "max_model_len": 512, "probes": FILE, "output": FOLDER}
+    {"checkpoints": [folder, ...], "rows": [[id, ...], ...],
+     "prompts": [[id, ...], ...], "max_tokens": 16, "max_model_len": 512,
+     "probes": FILE, "output": FOLDER}
 
 and writes per checkpoint ``N.json`` with the log-probability of every token of the rows
 but the first, the greedy tokens after the prompts, and vLLM's scheme and kernel per

@@ -30,10 +30,15 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it is and the few questions we ask."""
+    """
+    A running server: where it is and the few questions we ask.
+
+    :param process_group: of the server and all processes that it started
+    """
 
     url: str
     log: Path
+    process_group: int
 
     def _post(self, path: str, body: dict[str, object]) -> dict:
         answer = httpx.post(
@@ -133,14 +138,17 @@ def serve(
     *,
     dtype: str = "bfloat16",
     max_model_len: int = 1024,
+    max_num_seqs: int = 8,
+    eager: bool = True,
     timeout: float = 300,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
     """Serves ``checkpoint`` on the loopback interface while the block runs.
 
     The context is cut to ``max_model_len`` tokens to keep the key-value cache small.
-    ``environment`` is the virtual environment that holds vLLM. ``on_wait`` is called
-    about once a second with the seconds waited so far.
+    ``environment`` is the virtual environment that holds vLLM. ``eager`` leaves out
+    compiling, which takes longer than a few requests. ``on_wait`` is called about once
+    a second with the seconds waited so far.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     length = min(max_model_len, config.get("max_position_embeddings", max_model_len))
@@ -152,8 +160,8 @@ def serve(
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", MODEL_NAME),
         *("--dtype", dtype, "--max-model-len", str(length)),
-        # Compiling takes longer than the few requests asked of this server.
-        *("--max-num-seqs", "8", "--enforce-eager"),
+        *("--max-num-seqs", str(max_num_seqs)),
+        *(["--enforce-eager"] if eager else []),
     ]
     variables = {
         **os.environ,
@@ -174,7 +182,7 @@ def serve(
             start_new_session=True,
         )
     try:
-        server = Server(f"http://127.0.0.1:{port}", log)
+        server = Server(f"http://127.0.0.1:{port}", log, process.pid)
         _wait_until_healthy(server, process, timeout, on_wait)
         yield server
     finally:
