@@ -75,7 +75,7 @@ class Server:
         ignore_eos: bool = False,
     ) -> Iterator[str]:
         """Yields the greedy continuation piece by piece, as it is made."""
-        body = {
+        body: dict[str, object] = {
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
@@ -86,7 +86,7 @@ class Server:
 
     def stream_chat(self, question: str, max_tokens: int = 64) -> Iterator[str]:
         """Yields the greedy answer to one user message piece by piece."""
-        body = {
+        body: dict[str, object] = {
             "messages": [{"role": "user", "content": question}],
             "max_tokens": max_tokens,
             "temperature": 0,

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the serving environment, and what is slow to make."""
+"""What the end-to-end tests share: the serving environment and what is slow to make."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

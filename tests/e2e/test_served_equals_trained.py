@@ -57,7 +57,7 @@ def test_transformers_equals_model_in_memory(recipe: str, proven) -> None:
 
 
 def test_another_models_answer_is_told_apart(proven) -> None:
-    """A control: what a different recipe's checkpoint answers is not taken for equal."""
+    """A control: what another checkpoint answers is not taken for equal."""
     trained = proven.trained["slider_w4a16_asym"]
     other = proven.answers["slider_w8a8"]
     proof = compare(trained, other, prompts_of(proven.rows))
