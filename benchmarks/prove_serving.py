@@ -408,10 +408,10 @@ def main(
     ] = "small",
     recipes: Annotated[str, typer.Option(help="names, default: all")] = "",
     rows: Annotated[int, typer.Option(help="of 128 tokens, compared")] = 8,
-    calibration: Annotated[int, typer.Option(help="rows of 128 tokens")] = 16,
+    calibration: Annotated[int, typer.Option(help="rows of 128 tokens")] = 32,
     epochs: Annotated[
         int, typer.Option(help="of SliderQuant, 0 for the recipe's own")
-    ] = 1,
+    ] = 2,
     http: Annotated[bool, typer.Option(help="serve each over HTTP as well")] = True,
     output: Annotated[Path, typer.Option()] = CACHE / "prove-serving",
 ) -> None:

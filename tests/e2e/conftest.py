@@ -29,7 +29,7 @@ PROVEN = (
     "faq_slider_w4afp8",
     "slider_w2a16",
 )
-CALIBRATION_ROWS, COMPARED_ROWS, ROW_LENGTH = 8, 6, 128
+CALIBRATION_ROWS, COMPARED_ROWS, ROW_LENGTH, EPOCHS = 16, 6, 128, 2
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def proven(
             calibration,
             rows,
             folder,
-            epochs=1,
+            epochs=EPOCHS,
         )
         for name in PROVEN
     }

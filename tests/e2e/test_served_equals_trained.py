@@ -9,9 +9,13 @@ import dataclasses
 
 import pytest
 import torch
+import yaml
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
 
-from benchmarks.prove_serving import compare, compare_reloaded, prompts_of
-from benchmarks.served import tolerance
+from benchmarks.prove_serving import RECIPES, compare, compare_reloaded, prompts_of
+from benchmarks.served import exact_weights, quantised_linears, tolerance
+from llmc_faq_slider import oneshot
 
 pytestmark = pytest.mark.e2e
 
@@ -34,6 +38,22 @@ def test_vllm_equals_model_in_memory(recipe: str, proven) -> None:
     assert not proof.failures
     # The tolerance is no wider than what bf16 itself does to such a model.
     assert tolerance(proof.computes).mean < 4 * trained.rounding
+
+
+def test_recipe_learned(proven, small_model) -> None:
+    """The compared model is not the one that rounding to nearest makes."""
+    trained = proven.trained["slider_w4a16_asym"]
+    groups = yaml.safe_load((RECIPES / f"{trained.recipe}.yaml").read_text())
+    fields = groups["quant_stage"]["slider_modifiers"]["SliderQuantModifier"]
+    nearest = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    oneshot(model=nearest, recipe=[QuantizationModifier(**fields)])
+    linears = quantised_linears(nearest)
+    moved = [
+        (exact_weights(trained.linears[name]) - exact_weights(modules)).abs().mean()
+        / exact_weights(modules).abs().mean()
+        for name, modules in linears.items()
+    ]
+    assert min(moved) > 0.01
 
 
 def test_cpu_kernels_are_all_there(proven) -> None:
