@@ -69,14 +69,14 @@ def trip(
         generator=f"{sibling_server.url}/v1",
         generator_model=MODEL_NAME,
         num_candidates=2,
-        num_samples=8,
+        num_samples=16,
         sequence_length=128,
         max_new_tokens=48,
         min_response_tokens=4,
         cache_dir=str(folder / "faq"),
     )
     slider = SliderQuantModifier(
-        ignore=["lm_head"], config_groups=W4A8, epochs=1, closing_epochs=1, batch_size=8
+        ignore=["lm_head"], config_groups=W4A8, epochs=2, closing_epochs=1, batch_size=4
     )
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)
     oneshot(model=model, recipe=[faq, slider])
