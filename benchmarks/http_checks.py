@@ -15,7 +15,11 @@ QUESTION = "Tell me about the weather."
 
 
 def check_http(
-    server: Server, rows: Tensor, expected: Tensor, bound: Tolerance
+    server: Server,
+    rows: Tensor,
+    expected: Tensor,
+    bound: Tolerance,
+    chats: bool = True,
 ) -> tuple[dict[str, float], list[str]]:
     """
     Log-probabilities asked for by one client and by sixteen at once, text streamed and
@@ -23,6 +27,7 @@ def check_http(
 
     :param rows: token ids ``[rows, length]``
     :param expected: log-probabilities ``[rows, length - 1]`` of the model in memory
+    :param chats: the model has a chat template
     :return: figures, and what is wrong as sentences
     """
     failures = []
@@ -49,6 +54,8 @@ def check_http(
     pieces = list(server.stream(prompt, max_tokens=24))
     if "".join(pieces) != whole or len(pieces) < 2:
         failures.append(f"streamed text is {''.join(pieces)!r}, asked whole {whole!r}")
+    if not chats:
+        return figures, failures
     spoken = server.chat(QUESTION, max_tokens=24)
     heard = list(server.stream_chat(QUESTION, max_tokens=24))
     if "".join(heard) != spoken or len(heard) < 2 or not spoken.strip():

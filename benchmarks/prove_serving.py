@@ -345,9 +345,15 @@ def prove(
             proof = compare(one, answer, prompts)
             if http:
                 log = folder / f"{one.recipe}.log"
+                tokenizer = AutoTokenizer.from_pretrained(one.checkpoint)
                 with http_server(one.checkpoint, SERVE_ENV, log, timeout=900) as server:
-                    bound = tolerance(str(one.computes))
-                    figures, failures = check_http(server, rows, one.logprobs, bound)
+                    figures, failures = check_http(
+                        server,
+                        rows,
+                        one.logprobs,
+                        tolerance(str(one.computes)),
+                        chats=tokenizer.chat_template is not None,
+                    )
                 proof.figures |= figures
                 proof.failures += failures
             proofs[one.recipe] = proof

@@ -36,11 +36,11 @@ from benchmarks.runner import group_size_for
 from benchmarks.served import SERVE_ENV
 from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import oneshot
-from llmc_faq_slider.host.declared import declared_groups
+from llmc_faq_slider.host.model_check import model_servings
 from llmc_faq_slider.host.recipe_lint import lint_recipe
+from llmc_faq_slider.host.skeleton import load_skeleton
 from llmc_faq_slider.report.server import Server, ServerError, serve
 from llmc_faq_slider.report.serving import Target, find_target
-from llmc_faq_slider.report.serving import serve as look_up
 
 ARMS = {
     "bf16": None,
@@ -96,22 +96,29 @@ def gpu_target() -> Target | None:
 
 def make_checkpoint(model: str, arm: str, folder: Path) -> Path:
     """The arm's checkpoint, made once; bf16 is the model itself."""
-    recipe = ARMS[arm]
+    recipe = arm_recipe(model, arm, folder)
     if recipe is None:
         return Path(model)
-    out = folder / recipe
-    if (out / "config.json").exists():
-        return out
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{recipe}.yaml"
-    path.write_text(nearest(RECIPES / f"{recipe}.yaml", model))
-    oneshot(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        recipe=str(path),
-        output_dir=str(out),
-    )
+    out = recipe.with_suffix("")
+    if not (out / "config.json").exists():
+        oneshot(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            recipe=str(recipe),
+            output_dir=str(out),
+        )
     return out
+
+
+def arm_recipe(model: str, arm: str, folder: Path) -> Path | None:
+    """The arm's format in a recipe that fits the model, None for bf16."""
+    name = ARMS[arm]
+    if name is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(nearest(RECIPES / f"{name}.yaml", model))
+    return path
 
 
 def nearest(recipe: Path, model: str) -> str:
@@ -213,18 +220,18 @@ def bench(
     prompt = tokenizer(text[:2000]).input_ids[:128]
     rows = []
     for arm in arms:
-        computes, recipe = "16 bit", ARMS[arm]
+        computes, recipe = "16 bit", arm_recipe(model, arm, folder)
         if recipe is not None:
-            modifiers, _ = lint_recipe(RECIPES / f"{recipe}.yaml")
-            (declared,) = declared_groups(modifiers)
-            serving = look_up(declared.group, target)
-            if not serving.served or serving.verdict == "needs a flag":
-                why = serving.why or "not served"
+            modifiers, _ = lint_recipe(recipe)
+            found = model_servings(modifiers, load_skeleton(model), [target])
+            servings = [one.serving for one in found]
+            why = next((one.why for one in servings if one.computes is None), None)
+            if why is not None:
                 rows.append(Row(target.name, arm, skipped=why))
                 continue
-            computes = str(serving.computes)
+            computes = ", ".join(dict.fromkeys(str(one.computes) for one in servings))
         checkpoint = make_checkpoint(model, arm, folder)
-        log = folder / f"{target.name}-{recipe or arm}.log"
+        log = folder / f"{target.name}-{ARMS[arm] or arm}.log"
         try:
             row = measure(target, arm, checkpoint, environment, prompt, tokens, log)
         except ServerError as error:
