@@ -112,9 +112,7 @@ def test_lm_eval_agrees_with_itself(
 ) -> None:
     """`lm_eval --model hf` and `--model vllm` on the same checkpoint."""
     model = f"pretrained={checkpoint},dtype=bfloat16"
-    by_hf, told_hf = lm_eval(
-        serve_env, task, "hf", f"{model},device=cpu", tmp_path / "hf"
-    )
+    by_hf, told_hf = lm_eval(serve_env, task, "hf", f"{model}", tmp_path / "hf")
     extra = "max_model_len=512,enforce_eager=True"
     output = tmp_path / "vllm"
     by_vllm, told_vllm = lm_eval(serve_env, task, "vllm", f"{model},{extra}", output)
