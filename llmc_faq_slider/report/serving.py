@@ -170,8 +170,6 @@ def _verdict(
     works = [row for row in usable if "broken" not in row]
     exact = next((row for row in works if _computes(row, group) == declared), None)
     flag = exact.get("flag") if exact is not None and exact is not first else None
-    if exact is None and declared == "16 bit":
-        flag = first.get("flag_off")
     facts = Serving(
         target,
         "not served",

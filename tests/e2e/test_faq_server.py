@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from llmc_faq_slider import FAQModifier, oneshot
 from llmc_faq_slider.faq.endpoint import Address
 from llmc_faq_slider.faq.experts import endpoint_expert
 from llmc_faq_slider.faq.scoring import mean_logprobs
-from llmc_faq_slider.report.server import MODEL_NAME, serve
+from llmc_faq_slider.report.server import MODEL_NAME, Server
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +32,12 @@ class Run:
     """What one regeneration left in its folder."""
 
     folder: Path
-    url: str
+    server: Server
+    asked_before: int
+
+    @property
+    def url(self) -> str:
+        return f"{self.server.url}/v1"
 
     def fields(self, **changes: Any) -> dict[str, Any]:
         return {
@@ -55,20 +59,21 @@ class Run:
 
     @property
     def requests(self) -> int:
-        return self.log.read_text().count('POST /v1/completions HTTP/1.1" 200')
+        return _completions(self.server) - self.asked_before
 
     @property
     def log(self) -> Path:
-        return self.folder.parent / "vllm.log"
+        return self.server.log
+
+
+def _completions(server: Server) -> int:
+    return server.log.read_text().count('POST /v1/completions HTTP/1.1" 200')
 
 
 @pytest.fixture(scope="module")
-def served(
-    serve_env: Path, large_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Run]:
+def served(sibling_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("served")
-    with serve(large_model, serve_env, folder / "vllm.log", timeout=900) as server:
-        yield Run(folder / "faq", f"{server.url}/v1")
+    return Run(folder / "faq", sibling_server, _completions(sibling_server))
 
 
 @pytest.fixture(scope="module")

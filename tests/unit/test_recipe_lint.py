@@ -230,7 +230,10 @@ def test_exit_codes():
     recipes = ROOT / "recipes"
     good = str(recipes / "faq_slider_w4afp8.yaml")
     assert run(good).exit_code == 0
-    assert run(good, "--target", "sm90").exit_code == 0
+    hopper = run(good, "--target", "sm90")
+    assert hopper.exit_code == 0
+    # scheme and kernel, in vLLM's words
+    assert "W4A8Fp8" in hopper.stdout and "CutlassW4A8" in hopper.stdout
     refused = run(good, "--target", "sm80")
     assert refused.exit_code == 1 and "not served on sm80" in refused.stdout
     assert run(str(recipes / "none.yaml")).exit_code == 1

@@ -71,13 +71,7 @@ def test_every_row_has_release_evidence_and_source():
         (W4A8, "cpu", "CPUWNA16LinearKernel", "16 bit", None),
         (W4A8, "cpu-amx", "CPUWNA16LinearKernel", "int8 per token", None),
         (W4A16, "sm86", "MarlinLinearKernel", "16 bit", None),
-        (
-            W4A16,
-            "cpu-amx",
-            "CPUWNA16LinearKernel",
-            "int8 per token",
-            "VLLM_CPU_INT4_W4A8=0",
-        ),
+        (W4A16, "cpu-amx", "CPUWNA16LinearKernel", "int8 per token", None),
         (W8A8, "sm80", "CutlassInt8ScaledMMLinearKernel", "int8 per token", None),
         (
             declared("num_bits: 4, type: int, strategy: channel", INT8),

@@ -1,0 +1,463 @@
+"""Served equals trained: vLLM on the CPU against the model as it was quantised.
+
+    make prove-serving
+    python -m benchmarks.prove_serving --model smollm2 --recipes slider_w4a16
+
+Every recipe quantises the model with its own quantisation stages (rows of held-out text
+stand in for FAQ's, and group sizes shrink to what divides the model's layers). Then
+vLLM, offline and over HTTP, gives log-probabilities, greedy tokens and the output of
+each linear, and all are compared with the model in memory. A recipe that vLLM does not
+serve on this CPU, by the table of `llmc-faq-slider check`, is loaded in transformers
+instead. Writes ``summary.json`` and ``table.md``; exits with 1 if anything differs by
+more than its tolerance.
+"""
+
+import copy
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from datasets import Dataset
+from loguru import logger
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.http_checks import check_http
+from benchmarks.quality import small_or_real
+from benchmarks.runner import group_size_for
+from benchmarks.served import (
+    SERVE_ENV,
+    Answer,
+    computing,
+    exact_weights,
+    input_errors,
+    make_probes,
+    quantised_linears,
+    run_vllm,
+    token_logprobs,
+    tolerance,
+)
+from benchmarks.texts import CACHE, ROOT, calibration_rows, evaluation_rows
+from llmc_faq_slider import oneshot
+from llmc_faq_slider.host.declared import declared_groups
+from llmc_faq_slider.host.recipe_lint import lint_recipe
+from llmc_faq_slider.report.server import serve as http_server
+from llmc_faq_slider.report.serving import Serving, describe, find_target, serve
+
+RECIPES = ROOT / "recipes"
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 20, 32, 16
+PERPLEXITY_BOUND = 0.005
+SAME_PROMPTS = 18
+#: relative error of a kernel's output against the arithmetic it is said to do (bf16
+#: alone makes 0.0017), and how many times larger it is against any other
+LAYER_ERROR, LAYER_MARGIN = 0.004, 2
+#: transformers computes the reloaded checkpoint as the model was computed in memory
+RELOAD_BOUND = 1e-3
+
+
+@dataclass
+class Trained:
+    """A quantised model in memory, its checkpoint, and what is to be compared.
+
+    :param computes: inputs of vLLM's kernel here, None where vLLM does not serve it
+    :param exact: the model in fp32, as vLLM's kernel computes
+    :param logprobs: ``[rows, length - 1]`` of ``exact``
+    :param declared: the same with inputs as the checkpoint declares them
+    :param rounding: mean change of ``logprobs`` when transformers computes in bf16
+    """
+
+    recipe: str
+    checkpoint: Path
+    servings: list[Serving]
+    described: str
+    computes: str | None
+    exact: PreTrainedModel
+    linears: dict[str, list[nn.Module]]
+    logprobs: Tensor
+    declared: Tensor
+    rounding: float
+
+
+@dataclass
+class Proof:
+    """What was found for one recipe; ``failures`` are sentences."""
+
+    recipe: str
+    format: str
+    reader: str
+    kernel: str
+    computes: str
+    figures: dict[str, float | int | str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def expect(self, holds: bool, sentence: str) -> None:
+        if not holds:
+            self.failures.append(sentence)
+
+
+def local_target() -> str:
+    """Name of this machine in the serving table."""
+    return "cpu-amx" if torch.cpu._is_amx_tile_supported() else "cpu"
+
+
+def own_stages(recipe: Path, layers: int, group_size: int, epochs: int | None) -> str:
+    """
+    The quantisation stages of a recipe, fit for a model, as YAML.
+
+    :param layers: of the model, for recipes that name the last ones
+    :param group_size: the largest that divides the model's layers
+    :param epochs: of SliderQuant; None leaves the recipe's
+    """
+    text = recipe.read_text("utf-8").replace("26|27", f"{layers - 2}|{layers - 1}")
+    stages = {
+        name: stage
+        for name, stage in yaml.safe_load(text).items()
+        if "faq_modifiers" not in stage
+    }
+    for stage in stages.values():
+        for modifiers in stage.values():
+            for name, fields in modifiers.items():
+                for group in fields.get("config_groups", {}).values():
+                    size = group["weights"].get("group_size")
+                    if size is not None:
+                        group["weights"]["group_size"] = min(size, group_size)
+                if name == "SliderQuantModifier" and epochs is not None:
+                    fields |= {"epochs": epochs, "closing_epochs": 1}
+    return yaml.safe_dump(stages, sort_keys=False)
+
+
+def train(
+    model: str,
+    recipe: Path,
+    calibration: Tensor,
+    rows: Tensor,
+    folder: Path,
+    epochs: int | None,
+) -> Trained:
+    """Quantise, compute what is compared later, and save the checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    quantised: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16
+    ).eval()
+    layers = quantised.config.num_hidden_layers
+    path = folder / f"{recipe.stem}.yaml"
+    path.write_text(own_stages(recipe, layers, group_size_for(model), epochs))
+    ids = calibration.tolist()
+    data = Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": torch.ones_like(calibration).tolist()}
+    )
+    oneshot(
+        model=quantised,
+        recipe=str(path),
+        dataset=data,
+        num_calibration_samples=len(ids),
+    )
+    modifiers, _ = lint_recipe(path)
+    groups = [declared.group for declared in declared_groups(modifiers)]
+    servings = [serve(group, find_target(local_target())) for group in groups]
+    computed = {serving.computes if serving.served else None for serving in servings}
+    computes = computed.pop() if len(computed) == 1 else None
+
+    exact = copy.deepcopy(quantised).float()
+    declared_logprobs = token_logprobs(exact, rows)
+    with computing(exact, computes):
+        logprobs = token_logprobs(exact, rows)
+    with computing(quantised, computes):
+        half = token_logprobs(quantised, rows)
+    checkpoint = folder / recipe.stem
+    quantised.save_pretrained(checkpoint, save_compressed=True)
+    AutoTokenizer.from_pretrained(model).save_pretrained(checkpoint)
+    return Trained(
+        recipe=recipe.stem,
+        checkpoint=checkpoint,
+        servings=servings,
+        described="; ".join(describe(group) for group in groups),
+        computes=computes,
+        exact=exact,
+        linears=quantised_linears(exact),
+        logprobs=logprobs,
+        declared=declared_logprobs,
+        rounding=(half - logprobs).abs().mean().item(),
+    )
+
+
+def perplexity(logprobs: Tensor) -> float:
+    return math.exp(-logprobs.double().mean().item())
+
+
+def compare(trained: Trained, answer: Answer, prompts: Tensor) -> Proof:
+    """vLLM's answer against the model in memory, computing as vLLM's kernel does."""
+    (serving, *_) = trained.servings
+    assert trained.computes is not None
+    bound = tolerance(trained.computes)
+    proof = Proof(
+        trained.recipe,
+        trained.described,
+        "vLLM",
+        str(serving.kernel),
+        trained.computes,
+    )
+    told = torch.tensor(answer.logprobs)
+    _compare_logprobs(proof, trained, told, bound.mean, bound.largest)
+    proof.figures["mean difference to declared"] = _mean(told, trained.declared)
+    _compare_layers(proof, trained, answer)
+    _compare_greedy(proof, trained, prompts, torch.tensor(answer.greedy), bound.largest)
+    return proof
+
+
+def _mean(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().mean().item()
+
+
+def _compare_logprobs(
+    proof: Proof, trained: Trained, told: Tensor, mean: float, largest: float
+) -> None:
+    difference = (told - trained.logprobs).abs()
+    ours, theirs = perplexity(trained.logprobs), perplexity(told)
+    proof.figures |= {
+        "mean difference": difference.mean().item(),
+        "largest difference": difference.max().item(),
+        "mean difference of transformers in bf16": trained.rounding,
+        "perplexity in memory": ours,
+        "perplexity as read": theirs,
+    }
+    proof.expect(
+        difference.mean().item() <= mean,
+        f"log-probabilities differ by {difference.mean():.4f} nats on average, "
+        f"more than {mean}",
+    )
+    proof.expect(
+        difference.max().item() <= largest,
+        f"a log-probability differs by {difference.max():.3f} nats, more than "
+        f"{largest}",
+    )
+    proof.expect(
+        abs(theirs / ours - 1) <= PERPLEXITY_BOUND,
+        f"perplexity is {theirs:.3f}, in memory {ours:.3f}",
+    )
+
+
+def _compare_layers(proof: Proof, trained: Trained, answer: Answer) -> None:
+    """Every linear alone: its output says which arithmetic the kernel did."""
+    schemes = {(serving.scheme, serving.kernel) for serving in trained.servings}
+    largest, margin = 0.0, math.inf
+    for name, inputs in make_probes(trained.linears).items():
+        proof.expect(
+            answer.kernels[name] in schemes,
+            f"{name} went to {answer.kernels[name]}, the table says {schemes}",
+        )
+        weight = exact_weights(trained.linears[name])
+        errors = input_errors(weight, inputs, answer.outputs[name])
+        own = errors.pop(str(trained.computes))
+        largest, margin = max(largest, own), min(margin, min(errors.values()) / own)
+    proof.figures |= {"layer error": largest, "layer margin": margin}
+    proof.expect(largest < LAYER_ERROR, f"a layer's output is off by {largest:.4f}")
+    proof.expect(
+        margin > LAYER_MARGIN,
+        f"a layer's output is only {margin:.1f} times closer to that of its inputs "
+        "than to that of others",
+    )
+
+
+def _compare_greedy(
+    proof: Proof, trained: Trained, prompts: Tensor, told: Tensor, largest: float
+) -> None:
+    """
+    Greedy tokens, up to the first difference of each prompt.
+
+    Until then both have seen the same tokens, so one pass over vLLM's own continuation
+    says what the model in memory would have chosen at each step.
+    """
+    with computing(trained.exact, trained.computes), torch.inference_mode():
+        rows = torch.cat([prompts, told], 1)
+        logits = trained.exact(input_ids=rows, use_cache=False).logits
+    scores = logits[:, prompts.shape[1] - 1 : -1].float().log_softmax(-1)
+    best = scores.amax(-1)
+    gaps = best - scores.gather(2, told[..., None])[..., 0]
+    first = [row[row > 0][0].item() for row in gaps if (row > 0).any()]
+    same = len(prompts) - len(first)
+    proof.figures |= {
+        "prompts with the same tokens": same,
+        "largest gap at a first difference": max(first, default=0.0),
+    }
+    proof.expect(
+        same >= SAME_PROMPTS or max(first) <= largest,
+        f"{same} of {len(prompts)} prompts go on alike, and a first difference has a "
+        f"gap of {max(first, default=0.0):.3f} nats",
+    )
+
+
+def compare_reloaded(trained: Trained, rows: Tensor) -> Proof:
+    """The checkpoint in transformers, for formats that vLLM does not serve here."""
+    why = next((s.why for s in trained.servings if not s.served), None)
+    proof = Proof(
+        trained.recipe,
+        trained.described,
+        "transformers",
+        "none here",
+        "as declared",
+        {"why not vLLM": why or "its groups are computed in different ways"},
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        trained.checkpoint, dtype=torch.float32
+    ).eval()
+    told = token_logprobs(reloaded, rows)
+    _compare_logprobs(proof, trained, told, RELOAD_BOUND, 50 * RELOAD_BOUND)
+    return proof
+
+
+def prove(
+    model: str,
+    recipes: list[Path],
+    calibration: Tensor,
+    rows: Tensor,
+    folder: Path,
+    epochs: int | None = None,
+    http: bool = False,
+) -> list[Proof]:
+    """One proof per recipe; vLLM is started once for all, and per recipe for HTTP."""
+    prompts = prompts_of(rows)
+    trained = [train(model, r, calibration, rows, folder, epochs) for r in recipes]
+    by_vllm = [one for one in trained if one.computes is not None]
+    proofs = {
+        one.recipe: compare_reloaded(one, rows)
+        for one in trained
+        if one.computes is None
+    }
+    if by_vllm:
+        answers = run_vllm(
+            [one.checkpoint for one in by_vllm],
+            rows,
+            prompts,
+            NEW_TOKENS,
+            make_probes(by_vllm[0].linears),
+            folder / "vllm",
+        )
+        for one, answer in zip(by_vllm, answers, strict=True):
+            proof = compare(one, answer, prompts)
+            if http:
+                log = folder / f"{one.recipe}.log"
+                tokenizer = AutoTokenizer.from_pretrained(one.checkpoint)
+                with http_server(one.checkpoint, SERVE_ENV, log, timeout=900) as server:
+                    figures, failures = check_http(
+                        server,
+                        rows,
+                        one.logprobs,
+                        tolerance(str(one.computes)),
+                        chats=tokenizer.chat_template is not None,
+                    )
+                proof.figures |= figures
+                proof.failures += failures
+            proofs[one.recipe] = proof
+    return [proofs[one.recipe] for one in trained]
+
+
+def prompts_of(rows: Tensor) -> Tensor:
+    """Beginnings ``[prompts, length]`` to go on from, cut from the compared rows."""
+    ids = rows.reshape(-1)[: PROMPTS * PROMPT_LENGTH]
+    return ids.view(PROMPTS, PROMPT_LENGTH)
+
+
+def markdown(proofs: list[Proof]) -> str:
+    lines = [
+        "| recipe | read by | kernel | inputs | mean (largest) difference, nats "
+        "| transformers in bf16 | to declared | perplexity: memory, read | layer error "
+        "| same greedy | |",
+        f"|{'---|' * 11}",
+    ]
+    for proof in proofs:
+        f = proof.figures
+        layer = f"{f['layer error']:.4f}" if "layer error" in f else ""
+        declared = f.get("mean difference to declared", "")
+        declared = f"{declared:.4f}" if declared != "" else ""
+        same = f.get("prompts with the same tokens", "")
+        gap = f.get("largest gap at a first difference", 0.0)
+        greedy = f"{same} of {PROMPTS}" + (f" (gap {gap:.3f})" if gap else "")
+        lines.append(
+            f"| `{proof.recipe}` | {proof.reader} "
+            f"| {proof.kernel.removesuffix('LinearKernel')} | {proof.computes} "
+            f"| {f['mean difference']:.4f} ({f['largest difference']:.3f}) "
+            f"| {f['mean difference of transformers in bf16']:.4f} | {declared} "
+            f"| {f['perplexity in memory']:.3f}, {f['perplexity as read']:.3f} "
+            f"| {layer} | {greedy if same != '' else ''} "
+            f"| {'; '.join(proof.failures) or 'equal'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def family_rows(model: str | Path, count: int, length: int, half: int) -> Tensor:
+    """Held-out text of the tiny family; it has seen none of the other texts."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = []
+    for path in sorted((ROOT / "tests" / "data" / "heldout").glob("*.txt")):
+        text = path.read_text("utf-8")
+        middle = len(text) // 2
+        ids += tokenizer((text[:middle] if half == 0 else text[middle:])[:8000])[
+            "input_ids"
+        ]
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[:count]]
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="small, large, smollm2, a folder or a hub id")
+    ] = "small",
+    recipes: Annotated[str, typer.Option(help="names, default: all")] = "",
+    rows: Annotated[int, typer.Option(help="of 128 tokens, compared")] = 8,
+    calibration: Annotated[int, typer.Option(help="rows of 128 tokens")] = 32,
+    epochs: Annotated[
+        int, typer.Option(help="of SliderQuant, 0 for the recipe's own")
+    ] = 2,
+    http: Annotated[bool, typer.Option(help="serve each over HTTP as well")] = True,
+    output: Annotated[Path, typer.Option()] = CACHE / "prove-serving",
+) -> None:
+    """Quantises with every recipe and compares what vLLM computes."""
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    unsupported = SERVE_ENV / "unsupported"
+    if unsupported.exists():
+        sys.exit(f"Skipped: {unsupported.read_text().strip()}.")
+    folder = small_or_real(model)
+    chosen = (
+        [RECIPES / f"{name}.yaml" for name in re.split(r"[,\s]+", recipes.strip())]
+        if recipes
+        else sorted(RECIPES.glob("*.yaml"))
+    )
+    missing = [path.stem for path in chosen if not path.exists()]
+    if missing:
+        sys.exit(f"There is no recipe {', '.join(missing)} in {RECIPES}.")
+    if model in ("small", "large"):
+        first = family_rows(folder, calibration, 128, half=0)
+        second = family_rows(folder, rows, 128, half=1)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        first = calibration_rows(tokenizer, 0, calibration, 128)
+        second = evaluation_rows(tokenizer, "wikipedia", rows, 128)
+    target = output / Path(folder).name
+    start = time.monotonic()
+    proofs = prove(folder, chosen, first, second, target, epochs or None, http)
+    document: dict[str, Any] = {
+        "model": Path(folder).name,
+        "target": local_target(),
+        "seconds": time.monotonic() - start,
+        "proofs": [asdict(proof) for proof in proofs],
+    }
+    (target / "summary.json").write_text(json.dumps(document, indent=1))
+    table = markdown(proofs)
+    (target / "table.md").write_text(table)
+    print(table)
+    sys.exit(1 if any(proof.failures for proof in proofs) else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,263 @@
+"""A model as it was quantised, in memory, against what vLLM makes of its checkpoint.
+
+The in-memory model computes with compressed-tensors' own fake quantisation. Kernels may
+compute with other inputs than the checkpoint declares (`llmc-faq-slider check` says
+which); ``computing`` gives the in-memory model the inputs of the kernel, so that what
+is left is rounding.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.texts import ROOT
+from llmc_faq_slider.report.serving import load_table
+
+__all__ = [
+    "FUSED",
+    "Answer",
+    "Tolerance",
+    "computing",
+    "exact_weights",
+    "input_errors",
+    "make_probes",
+    "quantised_linears",
+    "run_vllm",
+    "token_logprobs",
+    "tolerance",
+]
+
+SERVE_ENV = ROOT / ".venv-serve"
+FUSED: dict[str, list[str]] = load_table()["fused"]
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest difference of log-probabilities in nats: on average, and of one token."""
+
+    mean: float
+    largest: float
+    reason: str
+
+
+#: by precision of the inputs in the kernel; both sides compute in bf16
+TOLERANCES = {
+    "16 bit": Tolerance(
+        0.02, 0.2, "bf16 sums in another order, and rounds in other places"
+    ),
+    "int8": Tolerance(
+        0.03, 0.3, "the same, and a bf16 rounding can move an int8 input by one step"
+    ),
+    "FP8": Tolerance(
+        0.05, 0.5, "the same, and a step of an FP8 input is up to a sixteenth of it"
+    ),
+    "int4": Tolerance(
+        0.10, 1.0, "the same, and a step of an int4 input is a seventh of its token"
+    ),
+}
+
+
+def tolerance(computes: str) -> Tolerance:
+    """:param computes: precision of the inputs, in the words of the serving table"""
+    return TOLERANCES[computes if computes == "16 bit" else computes.split(" per ")[0]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM made of one checkpoint.
+
+    :param kernels: scheme and kernel by vLLM's name of the linear
+    :param outputs: what each linear made of its probe, bf16
+    """
+
+    logprobs: list[list[float]]
+    greedy: list[list[int]]
+    kernels: dict[str, tuple[str, str]]
+    outputs: dict[str, Tensor]
+    seconds: float
+
+
+def run_vllm(
+    checkpoints: list[Path],
+    rows: Tensor,
+    prompts: Tensor,
+    max_tokens: int,
+    probes: dict[str, Tensor],
+    folder: Path,
+    environment: Path = SERVE_ENV,
+) -> list[Answer]:
+    """
+    vLLM's answers, one per checkpoint, from one process of the serving environment.
+
+    :param rows: token ids ``[rows, length]`` whose log-probabilities are asked for
+    :param prompts: token ids ``[prompts, length]`` that are continued greedily
+    :param probes: inputs ``[tokens, inputs]`` bf16 by vLLM's name of a linear
+    :param folder: for files that go to and fro, and the log
+    :raises RuntimeError: if vLLM fails, with the end of its log
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(probes, folder / "probes.safetensors")
+    length = max(rows.shape[1] + 1, prompts.shape[1] + max_tokens)
+    request = {
+        "checkpoints": [str(path.resolve()) for path in checkpoints],
+        "rows": rows.tolist(),
+        "prompts": prompts.tolist(),
+        "max_tokens": max_tokens,
+        "max_model_len": length,
+        "probes": str((folder / "probes.safetensors").resolve()),
+        "output": str(folder.resolve()),
+    }
+    log = folder / "vllm.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            [str(environment / "bin" / "python"), "scripts/run_vllm.py"],
+            input=json.dumps(request),
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # This project's folder is not for the serving environment.
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+    if done.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        raise RuntimeError(f"vLLM failed, see {log}:\n{tail}")
+    answers = []
+    for index in range(len(checkpoints)):
+        document = json.loads((folder / f"{index}.json").read_text())
+        kernels = {name: tuple(pair) for name, pair in document.pop("kernels").items()}
+        outputs = load_file(folder / f"{index}.safetensors")
+        answers.append(Answer(**document, kernels=kernels, outputs=outputs))
+    return answers
+
+
+def quantised_linears(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """Linears with quantised weights by vLLM's name; those it fuses are together."""
+    fused_name = {part: whole for whole, parts in FUSED.items() for part in parts}
+    linears: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            parent, _, last = name.rpartition(".")
+            whole = f"{parent}.{fused_name.get(last, last)}"
+            linears.setdefault(whole, []).append(module)
+    return linears
+
+
+@contextmanager
+def computing(model: PreTrainedModel, computes: str | None) -> Iterator[None]:
+    """
+    The in-memory model quantises its inputs as a kernel does.
+
+    :param computes: precision in the words of the serving table; None leaves it as
+        declared
+    """
+    schemes = {
+        id(module.quantization_scheme): module.quantization_scheme
+        for modules in quantised_linears(model).values()
+        for module in modules
+    }
+    before = {key: scheme.input_activations for key, scheme in schemes.items()}
+    try:
+        if computes is not None:
+            for scheme in schemes.values():
+                scheme.input_activations = _input_args(computes)
+        yield
+    finally:
+        for key, scheme in schemes.items():
+            scheme.input_activations = before[key]
+
+
+def _input_args(computes: str) -> QuantizationArgs | None:
+    if computes == "16 bit":
+        return None
+    kind, _, spread = computes.partition(" per ")
+    return QuantizationArgs(
+        num_bits=8 if kind in ("int8", "FP8") else 4,
+        type="float" if kind == "FP8" else "int",
+        strategy="token",
+        dynamic=True,
+        symmetric="zero point" not in spread,
+    )
+
+
+@torch.inference_mode()
+def token_logprobs(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Log-probability fp32 ``[rows, length - 1]`` of every token but the first."""
+    found = []
+    for batch in rows.split(4):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        scores = logits.log_softmax(-1)
+        found.append(scores.gather(2, batch[:, 1:, None])[..., 0])
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def exact_weights(modules: list[nn.Module]) -> Tensor:
+    """Weights fp32 ``[outputs, inputs]`` on their grid, of linears that are fused."""
+    return torch.cat(
+        [
+            fake_quantize(
+                module.weight.float(),
+                module.weight_scale.float(),
+                module.weight_zero_point,
+                module.quantization_scheme.weights,
+            )
+            for module in modules
+        ]
+    )
+
+
+def make_probes(linears: dict[str, list[nn.Module]]) -> dict[str, Tensor]:
+    """Random inputs per linear, with outliers of one sign: formats differ visibly."""
+    probes = {}
+    for index, (name, modules) in enumerate(linears.items()):
+        generator = torch.Generator().manual_seed(index)
+        size = modules[0].weight.shape[1]
+        x = torch.randn(PROBE_TOKENS, size, generator=generator)
+        x[:, 3], x[2:, 7] = 60.0, 40.0
+        probes[name] = x.to(torch.bfloat16)
+    return probes
+
+
+def input_errors(weight: Tensor, inputs: Tensor, output: Tensor) -> dict[str, float]:
+    """Relative error of a kernel's output against each precision of the inputs."""
+    errors = {}
+    for name, rounded in _rounded(inputs.float()).items():
+        exact = rounded @ weight.T
+        errors[name] = ((output.float() - exact).norm() / exact.norm()).item()
+    return errors
+
+
+def _rounded(x: Tensor) -> dict[str, Tensor]:
+    """``x`` [tokens, inputs] in each precision that a kernel may give it."""
+    peak = x.abs().amax(-1, keepdim=True)
+
+    def symmetric(bits: int) -> Tensor:
+        step = peak / (2 ** (bits - 1) - 1)
+        return (x / step).round() * step
+
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / 255
+    zero_point = (-low / step).round()
+    codes = ((x / step).round() + zero_point).clamp(0, 255)
+    fp8_step = peak / 448
+    return {
+        "16 bit": x,
+        "int8 per token": symmetric(8),
+        "int8 per token with zero point": (codes - zero_point) * step,
+        "int4 per token": symmetric(4),
+        "FP8 per token": (x / fp8_step).to(torch.float8_e4m3fn).float() * fp8_step,
+    }

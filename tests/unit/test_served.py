@@ -1,0 +1,79 @@
+"""The parts of the proof that vLLM serves what was trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.prove_serving import RECIPES, own_stages
+from benchmarks.served import (
+    computing,
+    exact_weights,
+    input_errors,
+    make_probes,
+    quantised_linears,
+    token_logprobs,
+    tolerance,
+)
+from llmc_faq_slider import oneshot
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def quantised(small_model: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    stage = QuantizationModifier(targets="Linear", ignore=["lm_head"], scheme="W4A8")
+    oneshot(model=model, recipe=[stage])
+    return model.eval()
+
+
+def test_linears_that_vllm_fuses_are_together(quantised: PreTrainedModel) -> None:
+    linears = quantised_linears(quantised)
+    assert len(linears) == 4 * quantised.config.num_hidden_layers
+    assert len(linears["model.layers.0.self_attn.qkv_proj"]) == 3
+    weight = exact_weights(linears["model.layers.0.mlp.gate_up_proj"])
+    assert weight.shape == (2 * quantised.config.intermediate_size, 128)
+
+
+def test_inputs_can_be_those_of_a_kernel(quantised: PreTrainedModel) -> None:
+    rows = torch.arange(64).view(2, 32)
+    declared = token_logprobs(quantised, rows)
+    with computing(quantised, "16 bit"):
+        plain = token_logprobs(quantised, rows)
+    with computing(quantised, "int8 per token"):
+        same = token_logprobs(quantised, rows)
+    assert torch.equal(declared, same)
+    assert not torch.equal(declared, plain)
+    assert torch.equal(declared, token_logprobs(quantised, rows))
+
+
+@pytest.mark.parametrize("computes", ["16 bit", "int8 per token", "int4 per token"])
+def test_an_output_tells_its_inputs(quantised: PreTrainedModel, computes: str) -> None:
+    """compressed-tensors' own quantisation of the inputs is recognised."""
+    linears = quantised_linears(quantised)
+    name = "model.layers.5.mlp.down_proj"
+    inputs = make_probes(linears)[name].float()
+    with computing(quantised, computes), torch.inference_mode():
+        output = linears[name][0](inputs)
+    errors = input_errors(exact_weights(linears[name]), inputs, output)
+    assert min(errors, key=lambda key: errors[key]) == computes
+
+
+def test_recipes_fit_the_model() -> None:
+    text = own_stages(RECIPES / "faq_slider_w4a8.yaml", 8, 64, epochs=3)
+    stages = yaml.safe_load(text)
+    assert list(stages) == ["quant_stage"]
+    fields = stages["quant_stage"]["slider_modifiers"]["SliderQuantModifier"]
+    assert fields["epochs"] == 3
+    assert fields["config_groups"]["group_0"]["weights"]["group_size"] == 64
+    ends = own_stages(RECIPES / "slider_w2a16_ends_w4.yaml", 8, 128, None)
+    assert "(0|1|6|7)" in ends
+
+
+def test_every_precision_of_the_table_has_a_tolerance() -> None:
+    for computes in ("16 bit", "int8 per token with zero point", "FP8 per token"):
+        assert 0 < tolerance(computes).mean < tolerance(computes).largest
