@@ -4,14 +4,17 @@ Private upstream API: ``PreTrainedModel._no_split_modules`` (class names of deco
 layers), read through llm-compressor's ``infer_sequential_targets``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from llmcompressor.utils.helpers import DisableQuantization
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from torch import Tensor, nn
 
+from llmc_faq_slider.slider.head import frozen
 from llmc_faq_slider.slider.loss import CountedTokens
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "counted_tokens",
     "decoder_layers",
     "split_targets",
+    "unquantized",
 ]
 
 
@@ -148,3 +152,15 @@ def counted_tokens(rows: list[Tensor], masks: list[Tensor | None]) -> CountedTok
             "tokens count."
         )
     return tokens
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """The model evaluates its plain weights, which collect no gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with DisableQuantization(model), frozen(model):
+            yield
+    finally:
+        model.train(training)

@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite, nan
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -38,9 +36,10 @@ from llmc_faq_slider.slider.stream import (
     replaced_forwards,
     row_batches,
 )
-from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids, QuantizedInputs
+from llmc_faq_slider.slider.student import QuantizedInputs
+from llmc_faq_slider.slider.tuned_linear import TunedLinear
 
-__all__ = ["ClosingResult", "ClosingSettings", "TunedLinear", "tune_scales"]
+__all__ = ["ClosingResult", "ClosingSettings", "tune_scales"]
 
 RETRIES = 2
 RETRY_RATE = 0.1
@@ -64,61 +63,19 @@ class ClosingSettings:
 
 @dataclass
 class ClosingResult:
-    """Mean KL divergence per token from full precision, in nats."""
+    """
+    Mean KL divergence per token from full precision, in nats.
+
+    :param retries: times it began anew at a lower rate after a loss that was not finite
+    """
 
     start_loss: float
     loss: float
+    retries: int = 0
 
     @property
     def kept_start(self) -> bool:
         return not self.loss < self.start_loss
-
-
-class TunedLinear:
-    """
-    A quantised linear whose codes stand and whose scales are free.
-
-    :param module: the linear
-    :param grids: its number formats
-    :param folded: what its window learned
-    """
-
-    def __init__(self, module: nn.Module, grids: LinearGrids, folded: FoldedLinear):
-        self.module = module
-        self.grids = grids
-        self.zero_point = folded.zero_point
-        self.scale = folded.scale
-        grid = grids.weight
-        position = grid.grouped(folded.weight) / folded.scale.unsqueeze(-1)
-        shift = 0 if self.zero_point is None else self.zero_point.unsqueeze(-1)
-        codes = (position + shift).round_().clamp_(grid.q_min, grid.q_max) - shift
-        # A code less its zero point has one bit more than the code.
-        self.codes = codes.to(torch.int8 if grid.num_bits < 8 else torch.int16)
-        self.factor = torch.ones_like(self.scale).requires_grad_()
-
-    def tuned_scale(self) -> Tensor:
-        """fp32 ``[out, groups]``, values that the checkpoint can hold."""
-        return self.grids.weight.stored_scale(self.scale * self.factor)
-
-    def weight(self) -> Tensor:
-        """fp32 ``[out, in]``, on its grid."""
-        return (self.codes.float() * self.tuned_scale().unsqueeze(-1)).flatten(-2)
-
-    @torch.no_grad()
-    def fold(self) -> FoldedLinear:
-        scale = self.tuned_scale()
-        return FoldedLinear(self.weight(), None, scale, self.zero_point)
-
-    def forward(self, inputs: QuantizedInputs, dtype: torch.dtype) -> Any:
-        bias = getattr(self.module, "bias", None)
-
-        def forward(x: Tensor) -> Tensor:
-            quantized = inputs(x, self.grids.input).to(dtype)
-            weight = self.weight().to(dtype)
-            shift = None if bias is None else bias.to(dtype)
-            return F.linear(quantized, weight, shift).to(x.dtype)
-
-        return forward
 
 
 def tune_scales(
@@ -240,7 +197,8 @@ def tune_scales(
             stack.enter_context(replaced_forwards(forwards))
         start_loss = judge()
         for attempt in range(_attempts(saved), RETRIES + 1):
-            result = ClosingResult(start_loss, judge() if descend(attempt) else nan)
+            loss = judge() if descend(attempt) else nan
+            result = ClosingResult(start_loss, loss, attempt)
             if isfinite(result.loss):
                 break
             reset()
@@ -250,6 +208,10 @@ def tune_scales(
     if result.kept_start:
         reset()
         result.loss = start_loss
+    logger.info(
+        f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
+        + (", start kept" if result.kept_start else "")
+    )
     return result
 
 
