@@ -1,7 +1,8 @@
 """Finds in a transformers model what SliderQuant works on.
 
 Private upstream API: ``PreTrainedModel._no_split_modules`` (class names of decoder
-layers), read through llm-compressor's ``infer_sequential_targets``.
+layers), read through llm-compressor's ``infer_sequential_targets``, and
+``llmcompressor.modeling.moe.context._CALIBRATE_ALL_EXPERTS``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context
 from llmcompressor.utils.helpers import DisableQuantization
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
@@ -156,11 +159,18 @@ def counted_tokens(rows: list[Tensor], masks: list[Tensor | None]) -> CountedTok
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """The model evaluates its plain weights, which collect no gradients."""
+    """
+    The model evaluates its plain weights, which collect no gradients.
+
+    Experts get the tokens that are sent to them, whatever ``oneshot`` says in
+    ``moe_calibrate_all_experts``: what others do in them changes no loss, and would
+    hide experts that learn nothing.
+    """
     training = model.training
+    routed = patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False)
     model.eval()
     try:
-        with DisableQuantization(model), frozen(model):
+        with DisableQuantization(model), frozen(model), routed:
             yield
     finally:
         model.train(training)

@@ -52,7 +52,7 @@ RELIED_ON = [
         ["modifiers", "user"],
         "calibration_data",
     ),
-    ("llmcompressor.core", "active_session", [], "checks, saved_recipe"),
+    ("llmcompressor.core", "active_session", [], "checks, run_report"),
     (
         "compressed_tensors.compressors.format",
         "infer_module_format",
@@ -81,6 +81,7 @@ RELIED_ON = [
         ["experts_cls"],
         "skeleton",
     ),
+    ("llmcompressor.modeling.moe", "context._CALIBRATE_ALL_EXPERTS", None, "decoder"),
     (
         "llmcompressor.modifiers.utils.hooks",
         "HooksMixin.disable_hooks",
@@ -92,7 +93,7 @@ RELIED_ON = [
         "llmcompressor.utils.helpers",
         "DisableQuantization",
         ["module"],
-        "slider.modifier",
+        "decoder",
     ),
     (
         "llmcompressor.modifiers.quantization.quantization",
