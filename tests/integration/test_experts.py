@@ -15,15 +15,15 @@ pytestmark = pytest.mark.integration
 
 CONFIG = Qwen3MoeConfig(
     vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    moe_intermediate_size=64,
+    hidden_size=128,
+    intermediate_size=128,
+    moe_intermediate_size=128,
     num_experts=4,
     num_experts_per_tok=1,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=32,
     max_position_embeddings=64,
 )
 
