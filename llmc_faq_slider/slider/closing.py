@@ -78,6 +78,120 @@ class ClosingResult:
         return not self.loss < self.start_loss
 
 
+class _ScaleTuning:
+    """The pass on its way through steps, and attempts at lower rates."""
+
+    def __init__(
+        self,
+        calls: DecoderCalls,
+        head: OutputHead,
+        factors: list[Tensor],
+        hidden: list[Tensor],
+        targets: list[Tensor],
+        settings: ClosingSettings,
+        device: torch.device,
+        tokens: CountedTokens,
+        limit: RowLimit,
+    ):
+        self.calls = calls
+        self.head = head
+        self.factors = factors
+        self.hidden = hidden
+        self.targets = targets
+        self.settings = settings
+        self.device = device
+        self.tokens = tokens
+        self.limit = limit
+
+    def descend(
+        self, attempt: int, saved: Checkpoint | None, stop: StopRequest | None
+    ) -> bool:
+        """All steps that are left of an attempt; whether every loss was finite."""
+        size, epochs = self.settings.batch_size, self.settings.epochs
+        batches = epoch_batches(self.tokens.lengths, size, epochs, self.settings.seed)
+        rate = self.settings.learning_rate * RETRY_RATE**attempt
+        optimizer = torch.optim.AdamW(self.factors, rate, weight_decay=0.0)
+        schedule = linear_decay(optimizer, len(batches))
+        half = self.hidden[0].dtype == torch.float16
+        scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        done = _restore(saved, attempt, self.factors, optimizer, schedule, scaler)
+        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
+            bar.update(done)
+            for number, rows in enumerate(batches[done:], start=done + 1):
+                loss = self._step(rows, optimizer, scaler)
+                if not isfinite(loss):
+                    return False
+                schedule.step()
+                bar.set_postfix(kl=f"{loss:.3e}")
+                bar.update()
+                stopping = stop is not None and stop.requested
+                epoch_ends = number % (len(batches) // epochs) == 0
+                if saved is not None and (stopping or epoch_ends):
+                    _save(saved, attempt, number, self.factors, optimizer, scaler)
+                if stop is not None and stopping:
+                    _say_stopped(stop, saved, number, len(batches))
+                    raise stop.exit()
+        return True
+
+    def _step(
+        self,
+        rows: list[int],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> float:
+        """One optimiser step on the mean divergence of a batch's tokens that count."""
+        total = self.tokens.count(rows)
+        if not total:
+            # Without gradients it changes nothing, but the schedule waits for it.
+            optimizer.step()
+            return 0.0
+
+        def gradients() -> float:
+            loss = 0.0
+            for piece in self.limit.pieces(rows):
+                if share := self.tokens.count(piece) / total:
+                    part = self._divergence(piece) * share
+                    scaler.scale(part).backward()
+                    loss += part.item()
+            return loss
+
+        loss = self.limit.run(gradients, optimizer.zero_grad)
+        if isfinite(loss):
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _divergence(self, rows: list[int]) -> Tensor:
+        """Of rows of one length, mean over their tokens that count."""
+        state = torch.cat([self.hidden[i] for i in rows]).to(self.device)
+        target = torch.cat([self.targets[i] for i in rows]).to(self.device)
+        mask = self.tokens.mask(rows, self.device)
+        for index in range(len(self.calls.layers)):
+            state = checkpoint(self.calls.run, index, state, use_reentrant=False)
+        return divergences(self.head, state, target, mask).mean()
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Mean divergence of the tokens that count in :func:`judged_rows`."""
+        tokens = self.tokens
+        judged = judged_rows(tokens)
+
+        def loss() -> float:
+            found = row_batches(tokens.lengths, self.limit.rows, judged)
+            total = sum(
+                self._divergence(rows).item() * tokens.count(rows) for rows in found
+            )
+            return total / tokens.count(judged)
+
+        return self.limit.run(loss)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for factor in self.factors:
+            factor.fill_(1.0)
+
+
 def tune_scales(
     calls: DecoderCalls,
     head: OutputHead,
@@ -105,88 +219,17 @@ def tune_scales(
     :param saved: goes on from its newest state, and saves one after every epoch
     :param stop: once set, the pass stops after the step at hand, with a state saved
     """
-    tuned = [linear for layer in linears.values() for linear in layer.values()]
-    factors = [linear.factor for linear in tuned]
-    lengths = [row.shape[1] for row in hidden]
-    counted = tokens or CountedTokens.all(lengths)
-    pieces = limit or RowLimit(settings.batch_size)
-    batches = epoch_batches(
-        lengths, settings.batch_size, settings.epochs, settings.seed
+    tuning = _ScaleTuning(
+        calls,
+        head,
+        [linear.factor for layer in linears.values() for linear in layer.values()],
+        hidden,
+        targets,
+        settings,
+        device,
+        tokens or CountedTokens.all([row.shape[1] for row in hidden]),
+        limit or RowLimit(settings.batch_size),
     )
-    per_epoch = len(batches) // settings.epochs
-    judged = judged_rows(counted)
-
-    def loss_of(rows: list[int]) -> Tensor:
-        state = torch.cat([hidden[i] for i in rows]).to(device)
-        target = torch.cat([targets[i] for i in rows]).to(device)
-        for index in range(len(calls.layers)):
-            state = checkpoint(calls.run, index, state, use_reentrant=False)
-        return divergences(head, state, target, counted.mask(rows, device)).mean()
-
-    @torch.no_grad()
-    def judge() -> float:
-        def loss() -> float:
-            found = row_batches(lengths, pieces.rows, judged)
-            total = sum(loss_of(rows).item() * counted.count(rows) for rows in found)
-            return total / counted.count(judged)
-
-        return pieces.run(loss)
-
-    def step(
-        rows: list[int], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> float:
-        total = counted.count(rows)
-        if not total:
-            # Without gradients it changes nothing, but the schedule waits for it.
-            optimizer.step()
-            return 0.0
-
-        def gradients() -> float:
-            loss = 0.0
-            for piece in pieces.pieces(rows):
-                if share := counted.count(piece) / total:
-                    part = loss_of(piece) * share
-                    scaler.scale(part).backward()
-                    loss += part.item()
-            return loss
-
-        loss = pieces.run(gradients, optimizer.zero_grad)
-        if isfinite(loss):
-            scaler.step(optimizer)
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def descend(attempt: int) -> bool:
-        """All steps that are left of an attempt; whether every loss was finite."""
-        rate = settings.learning_rate * RETRY_RATE**attempt
-        optimizer = torch.optim.AdamW(factors, rate, weight_decay=0.0)
-        schedule = linear_decay(optimizer, len(batches))
-        half = hidden[0].dtype == torch.float16
-        scaler = torch.amp.GradScaler(device.type, enabled=half)
-        done = _restore(saved, attempt, factors, optimizer, schedule, scaler)
-        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
-            bar.update(done)
-            for number, rows in enumerate(batches[done:], start=done + 1):
-                loss = step(rows, optimizer, scaler)
-                if not isfinite(loss):
-                    return False
-                schedule.step()
-                bar.set_postfix(kl=f"{loss:.3e}")
-                bar.update()
-                stopping = stop is not None and stop.requested
-                if saved is not None and (stopping or number % per_epoch == 0):
-                    _save(saved, attempt, number, factors, optimizer, scaler)
-                if stop is not None and stopping:
-                    _say_stopped(stop, saved, number, len(batches))
-                    raise stop.exit()
-        return True
-
-    def reset() -> None:
-        with torch.no_grad():
-            for factor in factors:
-                factor.fill_(1.0)
-
     with ExitStack() as stack:
         for layer in linears.values():
             inputs = QuantizedInputs(1.0)
@@ -195,18 +238,19 @@ def tune_scales(
                 for linear in layer.values()
             }
             stack.enter_context(replaced_forwards(forwards))
-        start_loss = judge()
+        start_loss = tuning.judge()
         for attempt in range(_attempts(saved), RETRIES + 1):
-            loss = judge() if descend(attempt) else nan
+            finite = tuning.descend(attempt, saved, stop)
+            loss = tuning.judge() if finite else nan
             result = ClosingResult(start_loss, loss, attempt)
             if isfinite(result.loss):
                 break
-            reset()
+            tuning.reset()
             logger.warning(
                 f"closing pass, attempt {attempt + 1}: the loss is not finite"
             )
     if result.kept_start:
-        reset()
+        tuning.reset()
         result.loss = start_loss
     logger.info(
         f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
