@@ -21,15 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from llmc_faq_slider.slider.checkpoint import Checkpoint
+from llmc_faq_slider.slider.closing_state import (
+    restore_steps,
+    save_steps,
+    saved_attempt,
+    say_stopped,
+)
 from llmc_faq_slider.slider.head import OutputHead, divergences
 from llmc_faq_slider.slider.interruption import StopRequest
 from llmc_faq_slider.slider.loss import CountedTokens, judged_rows
 from llmc_faq_slider.slider.memory import RowLimit
-from llmc_faq_slider.slider.optimizer import (
-    linear_decay,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from llmc_faq_slider.slider.optimizer import linear_decay
 from llmc_faq_slider.slider.stream import (
     DecoderCalls,
     epoch_batches,
@@ -43,7 +45,6 @@ __all__ = ["ClosingResult", "ClosingSettings", "tune_scales"]
 
 RETRIES = 2
 RETRY_RATE = 0.1
-CLOSING = "closing"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class _ScaleTuning:
         schedule = linear_decay(optimizer, len(batches))
         half = self.hidden[0].dtype == torch.float16
         scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        done = _restore(saved, attempt, self.factors, optimizer, schedule, scaler)
+        done = restore_steps(saved, attempt, self.factors, optimizer, schedule, scaler)
         with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
             bar.update(done)
             for number, rows in enumerate(batches[done:], start=done + 1):
@@ -127,9 +128,9 @@ class _ScaleTuning:
                 stopping = stop is not None and stop.requested
                 epoch_ends = number % (len(batches) // epochs) == 0
                 if saved is not None and (stopping or epoch_ends):
-                    _save(saved, attempt, number, self.factors, optimizer, scaler)
+                    save_steps(saved, attempt, number, self.factors, optimizer, scaler)
                 if stop is not None and stopping:
-                    _say_stopped(stop, saved, number, len(batches))
+                    say_stopped(stop, saved, number, len(batches))
                     raise stop.exit()
         return True
 
@@ -239,7 +240,7 @@ def tune_scales(
             }
             stack.enter_context(replaced_forwards(forwards))
         start_loss = tuning.judge()
-        for attempt in range(_attempts(saved), RETRIES + 1):
+        for attempt in range(saved_attempt(saved), RETRIES + 1):
             finite = tuning.descend(attempt, saved, stop)
             loss = tuning.judge() if finite else nan
             result = ClosingResult(start_loss, loss, attempt)
@@ -257,68 +258,3 @@ def tune_scales(
         + (", start kept" if result.kept_start else "")
     )
     return result
-
-
-def _attempts(saved: Checkpoint | None) -> int:
-    """The attempt that a saved state is in."""
-    progress = saved.progress if saved is not None else None
-    return progress[CLOSING]["attempt"] if progress and CLOSING in progress else 0
-
-
-def _save(
-    saved: Checkpoint,
-    attempt: int,
-    step: int,
-    factors: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    tensors = {
-        f"factor.{number}": factor.detach().clone()
-        for number, factor in enumerate(factors)
-    }
-    for name, tensor in optimizer_tensors(optimizer).items():
-        tensors[f"optimizer.{name}"] = tensor
-    where = {"attempt": attempt, "step": step, "scaler": scaler.state_dict()}
-    saved.save({**(saved.progress or {}), CLOSING: where}, {CLOSING: tensors})
-
-
-@torch.no_grad()
-def _restore(
-    saved: Checkpoint | None,
-    attempt: int,
-    factors: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Take up a saved state of the same attempt; the steps it has done."""
-    if saved is None or CLOSING not in saved or _attempts(saved) != attempt:
-        return 0
-    assert saved.progress is not None
-    where, tensors = saved.progress[CLOSING], saved.tensors(CLOSING)
-    for number, factor in enumerate(factors):
-        factor.copy_(tensors[f"factor.{number}"])
-    states = {
-        name.removeprefix("optimizer."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("optimizer.")
-    }
-    restore_optimizer(optimizer, schedule, states, where["step"])
-    scaler.load_state_dict(where["scaler"])
-    return where["step"]
-
-
-def _say_stopped(
-    stop: StopRequest, saved: Checkpoint | None, step: int, steps: int
-) -> None:
-    assert stop.signal is not None
-    logger.warning(
-        f"SliderQuant: stopped by {stop.signal.name} after step {step} of {steps} of "
-        "the closing pass. "
-        + (
-            f"Run the same command again to go on; the state is in {saved.folder}."
-            if saved is not None
-            else "Without checkpoint_dir nothing was saved."
-        )
-    )

@@ -82,6 +82,7 @@ RELIED_ON = [
         "skeleton",
     ),
     ("llmcompressor.modeling.moe", "context._CALIBRATE_ALL_EXPERTS", None, "decoder"),
+    ("compressed_tensors.utils", "patch_attr", ["base", "attr", "value"], "decoder"),
     (
         "llmcompressor.modifiers.utils.hooks",
         "HooksMixin.disable_hooks",
