@@ -59,7 +59,7 @@ def _remarks(what: str, result: WindowResult | ClosingResult) -> Iterator[str]:
     if result.retries:
         times = "once" if result.retries == 1 else f"{result.retries} times"
         yield (
-            f"SliderQuant's {what} began anew {times} at a tenth of the learning "
+            f"SliderQuant's {what} began anew {times} at lower learning "
             "rates, because a loss was not finite."
         )
 
