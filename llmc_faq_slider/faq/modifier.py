@@ -32,6 +32,9 @@ from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 
 __all__ = ["FAQModifier"]
 
+#: entries of the data set's manifest that a run report repeats
+_REPORTED = ("tokens", "answer_tokens", "counts", "gates")
+
 
 class FAQModifier(FAQOptions, Modifier):
     """
@@ -74,6 +77,14 @@ class FAQModifier(FAQOptions, Modifier):
     """
 
     _handoff: Handoff | None = PrivateAttr(default=None)
+    _report: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def report(self) -> dict[str, Any]:
+        """
+        The last run's data set, JSON-like: its folder's name below ``datasets`` of the
+        cache, sizes, and the manifest's counts. Empty before a run.
+        """
+        return self._report
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Take hold of the loader every pipeline of this run will read."""
@@ -111,6 +122,11 @@ class FAQModifier(FAQOptions, Modifier):
             experts(self, target, source, private),
             read_evaluation(self),
         )
+        self._report = {
+            "dataset": result.folder.name,
+            "rows": len(result.input_ids),
+            **{name: result.manifest[name] for name in _REPORTED},
+        }
         self._handoff.swap(result.input_ids, result.loss_mask, state.model)
         state.data.calib = self._handoff.loader
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import active_session
+from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from torch import nn
@@ -22,6 +22,7 @@ from llmc_faq_slider.slider.windows import window_schedule
 
 __all__ = [
     "Conflict",
+    "check_data",
     "check_learning_stage",
     "check_other_stages",
     "check_patterns",
@@ -237,3 +238,16 @@ def check_turn(stage: Modifier) -> None:
                 "which the recipe lists first, because both share one pipeline. "
                 'Leave pipeline at its default, "independent".'
             )
+
+
+def check_data(state: State) -> None:
+    """
+    Check that there is calibration data.
+
+    :raises ValueError: if there is none
+    """
+    if state.data is None or state.data.calib is None:
+        raise ValueError(
+            "SliderQuantModifier needs calibration data and found none. Give "
+            "oneshot a data set, or put a FAQModifier before it."
+        )

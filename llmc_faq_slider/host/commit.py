@@ -10,9 +10,47 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from torch import Tensor, nn
 
+from llmc_faq_slider.host.targets import TargetedLayers
 from llmc_faq_slider.slider.student import FoldedLayer, FoldedLinear
+from llmc_faq_slider.slider.tuned_linear import TunedLinear
 
-__all__ = ["commit_layer", "commit_linear"]
+__all__ = ["LayerCommits", "commit_layer", "commit_linear"]
+
+
+class LayerCommits:
+    """
+    The layers that a stage has written.
+
+    :param layers: those it is to write
+    :param keeps_codes: a closing pass follows, which tunes ``tuned``
+    """
+
+    def __init__(self, layers: TargetedLayers, keeps_codes: bool):
+        self.layers = layers
+        self.keeps_codes = keeps_codes
+        self.written: set[nn.Module] = set()
+        self.tuned: dict[int, dict[str, TunedLinear]] = {}
+
+    def layer(self, index: int, folded: FoldedLayer) -> None:
+        """Write what the windows learned of a layer."""
+        layer, grids = self.layers.modules[index], self.layers.grids[index]
+        commit_layer(layer, folded)
+        self.written.update(layer.get_submodule(name) for name in folded.linears)
+        if self.keeps_codes:
+            self.tuned[index] = {
+                name: TunedLinear(layer.get_submodule(name), grids[name], linear)
+                for name, linear in folded.linears.items()
+            }
+
+    def tuned_scales(self) -> None:
+        """Write what the closing pass made of the scales."""
+        for index, linears in self.tuned.items():
+            folded = {name: linear.fold() for name, linear in linears.items()}
+            commit_layer(self.layers.modules[index], FoldedLayer(folded, {}))
+
+    def names(self) -> set[str]:
+        """Targeted linears that were written, by name in the model."""
+        return {n for n, m in self.layers.linears.items() if m in self.written}
 
 
 @torch.no_grad()

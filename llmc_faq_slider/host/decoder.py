@@ -1,17 +1,23 @@
 """Finds in a transformers model what SliderQuant works on.
 
 Private upstream API: ``PreTrainedModel._no_split_modules`` (class names of decoder
-layers), read through llm-compressor's ``infer_sequential_targets``.
+layers), read through llm-compressor's ``infer_sequential_targets``, and
+``llmcompressor.modeling.moe.context._CALIBRATE_ALL_EXPERTS``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import context
+from llmcompressor.utils.helpers import DisableQuantization
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from torch import Tensor, nn
 
+from llmc_faq_slider.slider.head import frozen
 from llmc_faq_slider.slider.loss import CountedTokens
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "counted_tokens",
     "decoder_layers",
     "split_targets",
+    "unquantized",
 ]
 
 
@@ -148,3 +155,22 @@ def counted_tokens(rows: list[Tensor], masks: list[Tensor | None]) -> CountedTok
             "tokens count."
         )
     return tokens
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """
+    The model evaluates its plain weights, which collect no gradients.
+
+    Experts get the tokens that are sent to them, whatever ``oneshot`` says in
+    ``moe_calibrate_all_experts``: what others do in them changes no loss, and would
+    hide experts that learn nothing.
+    """
+    training = model.training
+    routed = patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False)
+    model.eval()
+    try:
+        with DisableQuantization(model), frozen(model), routed:
+            yield
+    finally:
+        model.train(training)

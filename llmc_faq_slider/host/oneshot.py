@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import llmcompressor
+from llmcompressor.core import reset_session
 from loguru import logger
 
 from llmc_faq_slider.faq.export import is_export, load_export
@@ -15,6 +16,7 @@ from llmc_faq_slider.files import exclusive, room_error
 from llmc_faq_slider.host.findings import errors
 from llmc_faq_slider.host.inputs import OUTPUT_REMEDY, check_output, wrong_inputs
 from llmc_faq_slider.host.recipe_lint import lint_recipe
+from llmc_faq_slider.host.run_report import write_run_report
 
 __all__ = ["oneshot"]
 
@@ -30,7 +32,8 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
     whole, that cannot be read, or whose stages contradict each other is refused; so are
     data, models and output folders that cannot work, and an output folder that another
     run is about to write. ``dataset`` may also be a folder that ``llmc-faq-slider
-    regenerate`` wrote.
+    regenerate`` wrote. Beside the checkpoint in ``output_dir`` lies the run's report,
+    ``llmc_faq_slider.json``.
 
     :raises ValueError: with one sentence or two per finding, or when the folder's rows
         are missing or damaged
@@ -40,8 +43,10 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
     dataset = kwargs.get("dataset")
     if isinstance(dataset, (str, Path)) and is_export(dataset):
         kwargs["dataset"] = load_export(dataset)
-    given = _SIGNATURE.bind_partial(*args, **kwargs).arguments
+    bound = _SIGNATURE.bind_partial(*args, **kwargs)
+    given = bound.arguments
     output = given.get("output_dir")
+    first = int(os.environ.get("RANK", 0)) == 0
     with ExitStack() as stack:
         if given.get("recipe") is not None:
             modifiers, findings = lint_recipe(given["recipe"], given.get("stage"))
@@ -55,10 +60,17 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
             if output is not None:
                 check_output(given, modifiers)
                 # the other processes of one run write to the same folder
-                if int(os.environ.get("RANK", 0)) == 0:
+                if first:
                     stack.enter_context(exclusive(Path(output), OUTPUT_REMEDY))
         try:
-            return llmcompressor.oneshot(*args, **kwargs)
+            # The report is read from the session, so that is cleared after it.
+            clear = given.pop("clear_sparse_session", False)
+            model = llmcompressor.oneshot(*bound.args, **bound.kwargs)
+            if output is not None and first:
+                write_run_report(Path(output, given.get("stage") or ""))
+            if clear:
+                reset_session()
+            return model
         except Exception as error:
             full = None if output is None else room_error(error, Path(output))
             if full is None:

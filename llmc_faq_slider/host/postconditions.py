@@ -24,6 +24,7 @@ __all__ = [
     "check_folds",
     "check_losses",
     "check_seen",
+    "check_weights",
     "conclude",
 ]
 
@@ -70,6 +71,19 @@ def check_finite(model: nn.Module) -> list[str]:
     if not broken:
         return []
     return [f"{len(broken)} weights hold NaN or infinity: {_listed(broken)}."]
+
+
+def check_weights(model: nn.Module) -> None:
+    """
+    Check what a stage is to learn from.
+
+    :raises ValueError: if weights hold NaN or infinity
+    """
+    for problem in check_finite(model):
+        raise ValueError(
+            f"{problem} SliderQuant cannot learn from them: give it a model whose "
+            "weights are whole."
+        )
 
 
 @torch.no_grad()

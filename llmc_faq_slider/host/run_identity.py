@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmc_faq_slider.host.calibration_data import plain_weights
 from llmc_faq_slider.slider.windows import Window
 
-__all__ = ["run_fingerprint", "stage_folder", "stage_position"]
+__all__ = ["run_fingerprint", "stage_folder", "stage_position", "versions"]
 
 FOLDER_VARIABLE = "LLMC_FAQ_SLIDER_CHECKPOINT_DIR"
 PACKAGES = (
@@ -83,8 +83,13 @@ def run_fingerprint(
         "recipe": {k: v for k, v in fields.items() if not k.endswith("_")},
         "formats": stage.resolved_config.model_dump(mode="json"),
         "windows": [f"{window.start}-{window.stop - 1}" for window in windows],
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what comes out of a run."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def _weights_hash(model: nn.Module) -> str:

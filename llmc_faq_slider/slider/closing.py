@@ -13,38 +13,38 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite, nan
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from llmc_faq_slider.slider.checkpoint import Checkpoint
+from llmc_faq_slider.slider.closing_state import (
+    restore_steps,
+    save_steps,
+    saved_attempt,
+    say_stopped,
+)
 from llmc_faq_slider.slider.head import OutputHead, divergences
 from llmc_faq_slider.slider.interruption import StopRequest
 from llmc_faq_slider.slider.loss import CountedTokens, judged_rows
 from llmc_faq_slider.slider.memory import RowLimit
-from llmc_faq_slider.slider.optimizer import (
-    linear_decay,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from llmc_faq_slider.slider.optimizer import linear_decay
 from llmc_faq_slider.slider.stream import (
     DecoderCalls,
     epoch_batches,
     replaced_forwards,
     row_batches,
 )
-from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids, QuantizedInputs
+from llmc_faq_slider.slider.student import QuantizedInputs
+from llmc_faq_slider.slider.tuned_linear import TunedLinear
 
-__all__ = ["ClosingResult", "ClosingSettings", "TunedLinear", "tune_scales"]
+__all__ = ["ClosingResult", "ClosingSettings", "tune_scales"]
 
 RETRIES = 2
 RETRY_RATE = 0.1
-CLOSING = "closing"
 
 
 @dataclass(frozen=True)
@@ -64,61 +64,133 @@ class ClosingSettings:
 
 @dataclass
 class ClosingResult:
-    """Mean KL divergence per token from full precision, in nats."""
+    """
+    Mean KL divergence per token from full precision, in nats.
+
+    :param retries: times it began anew at a lower rate after a loss that was not finite
+    """
 
     start_loss: float
     loss: float
+    retries: int = 0
 
     @property
     def kept_start(self) -> bool:
         return not self.loss < self.start_loss
 
 
-class TunedLinear:
-    """
-    A quantised linear whose codes stand and whose scales are free.
+class _ScaleTuning:
+    """The pass on its way through steps, and attempts at lower rates."""
 
-    :param module: the linear
-    :param grids: its number formats
-    :param folded: what its window learned
-    """
+    def __init__(
+        self,
+        calls: DecoderCalls,
+        head: OutputHead,
+        factors: list[Tensor],
+        hidden: list[Tensor],
+        targets: list[Tensor],
+        settings: ClosingSettings,
+        device: torch.device,
+        tokens: CountedTokens,
+        limit: RowLimit,
+    ):
+        self.calls = calls
+        self.head = head
+        self.factors = factors
+        self.hidden = hidden
+        self.targets = targets
+        self.settings = settings
+        self.device = device
+        self.tokens = tokens
+        self.limit = limit
 
-    def __init__(self, module: nn.Module, grids: LinearGrids, folded: FoldedLinear):
-        self.module = module
-        self.grids = grids
-        self.zero_point = folded.zero_point
-        self.scale = folded.scale
-        grid = grids.weight
-        position = grid.grouped(folded.weight) / folded.scale.unsqueeze(-1)
-        shift = 0 if self.zero_point is None else self.zero_point.unsqueeze(-1)
-        codes = (position + shift).round_().clamp_(grid.q_min, grid.q_max) - shift
-        # A code less its zero point has one bit more than the code.
-        self.codes = codes.to(torch.int8 if grid.num_bits < 8 else torch.int16)
-        self.factor = torch.ones_like(self.scale).requires_grad_()
+    def descend(
+        self, attempt: int, saved: Checkpoint | None, stop: StopRequest | None
+    ) -> bool:
+        """All steps that are left of an attempt; whether every loss was finite."""
+        size, epochs = self.settings.batch_size, self.settings.epochs
+        batches = epoch_batches(self.tokens.lengths, size, epochs, self.settings.seed)
+        rate = self.settings.learning_rate * RETRY_RATE**attempt
+        optimizer = torch.optim.AdamW(self.factors, rate, weight_decay=0.0)
+        schedule = linear_decay(optimizer, len(batches))
+        half = self.hidden[0].dtype == torch.float16
+        scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        done = restore_steps(saved, attempt, self.factors, optimizer, schedule, scaler)
+        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
+            bar.update(done)
+            for number, rows in enumerate(batches[done:], start=done + 1):
+                loss = self._step(rows, optimizer, scaler)
+                if not isfinite(loss):
+                    return False
+                schedule.step()
+                bar.set_postfix(kl=f"{loss:.3e}")
+                bar.update()
+                stopping = stop is not None and stop.requested
+                epoch_ends = number % (len(batches) // epochs) == 0
+                if saved is not None and (stopping or epoch_ends):
+                    save_steps(saved, attempt, number, self.factors, optimizer, scaler)
+                if stop is not None and stopping:
+                    say_stopped(stop, saved, number, len(batches))
+                    raise stop.exit()
+        return True
 
-    def tuned_scale(self) -> Tensor:
-        """fp32 ``[out, groups]``, values that the checkpoint can hold."""
-        return self.grids.weight.stored_scale(self.scale * self.factor)
+    def _step(
+        self,
+        rows: list[int],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> float:
+        """One optimiser step on the mean divergence of a batch's tokens that count."""
+        total = self.tokens.count(rows)
+        if not total:
+            # Without gradients it changes nothing, but the schedule waits for it.
+            optimizer.step()
+            return 0.0
 
-    def weight(self) -> Tensor:
-        """fp32 ``[out, in]``, on its grid."""
-        return (self.codes.float() * self.tuned_scale().unsqueeze(-1)).flatten(-2)
+        def gradients() -> float:
+            loss = 0.0
+            for piece in self.limit.pieces(rows):
+                if share := self.tokens.count(piece) / total:
+                    part = self._divergence(piece) * share
+                    scaler.scale(part).backward()
+                    loss += part.item()
+            return loss
+
+        loss = self.limit.run(gradients, optimizer.zero_grad)
+        if isfinite(loss):
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _divergence(self, rows: list[int]) -> Tensor:
+        """Of rows of one length, mean over their tokens that count."""
+        state = torch.cat([self.hidden[i] for i in rows]).to(self.device)
+        target = torch.cat([self.targets[i] for i in rows]).to(self.device)
+        mask = self.tokens.mask(rows, self.device)
+        for index in range(len(self.calls.layers)):
+            state = checkpoint(self.calls.run, index, state, use_reentrant=False)
+        return divergences(self.head, state, target, mask).mean()
 
     @torch.no_grad()
-    def fold(self) -> FoldedLinear:
-        scale = self.tuned_scale()
-        return FoldedLinear(self.weight(), None, scale, self.zero_point)
+    def judge(self) -> float:
+        """Mean divergence of the tokens that count in :func:`judged_rows`."""
+        tokens = self.tokens
+        judged = judged_rows(tokens)
 
-    def forward(self, inputs: QuantizedInputs, dtype: torch.dtype) -> Any:
-        bias = getattr(self.module, "bias", None)
+        def loss() -> float:
+            found = row_batches(tokens.lengths, self.limit.rows, judged)
+            total = sum(
+                self._divergence(rows).item() * tokens.count(rows) for rows in found
+            )
+            return total / tokens.count(judged)
 
-        def forward(x: Tensor) -> Tensor:
-            quantized = inputs(x, self.grids.input).to(dtype)
-            weight = self.weight().to(dtype)
-            shift = None if bias is None else bias.to(dtype)
-            return F.linear(quantized, weight, shift).to(x.dtype)
+        return self.limit.run(loss)
 
-        return forward
+    @torch.no_grad()
+    def reset(self) -> None:
+        for factor in self.factors:
+            factor.fill_(1.0)
 
 
 def tune_scales(
@@ -148,88 +220,17 @@ def tune_scales(
     :param saved: goes on from its newest state, and saves one after every epoch
     :param stop: once set, the pass stops after the step at hand, with a state saved
     """
-    tuned = [linear for layer in linears.values() for linear in layer.values()]
-    factors = [linear.factor for linear in tuned]
-    lengths = [row.shape[1] for row in hidden]
-    counted = tokens or CountedTokens.all(lengths)
-    pieces = limit or RowLimit(settings.batch_size)
-    batches = epoch_batches(
-        lengths, settings.batch_size, settings.epochs, settings.seed
+    tuning = _ScaleTuning(
+        calls,
+        head,
+        [linear.factor for layer in linears.values() for linear in layer.values()],
+        hidden,
+        targets,
+        settings,
+        device,
+        tokens or CountedTokens.all([row.shape[1] for row in hidden]),
+        limit or RowLimit(settings.batch_size),
     )
-    per_epoch = len(batches) // settings.epochs
-    judged = judged_rows(counted)
-
-    def loss_of(rows: list[int]) -> Tensor:
-        state = torch.cat([hidden[i] for i in rows]).to(device)
-        target = torch.cat([targets[i] for i in rows]).to(device)
-        for index in range(len(calls.layers)):
-            state = checkpoint(calls.run, index, state, use_reentrant=False)
-        return divergences(head, state, target, counted.mask(rows, device)).mean()
-
-    @torch.no_grad()
-    def judge() -> float:
-        def loss() -> float:
-            found = row_batches(lengths, pieces.rows, judged)
-            total = sum(loss_of(rows).item() * counted.count(rows) for rows in found)
-            return total / counted.count(judged)
-
-        return pieces.run(loss)
-
-    def step(
-        rows: list[int], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> float:
-        total = counted.count(rows)
-        if not total:
-            # Without gradients it changes nothing, but the schedule waits for it.
-            optimizer.step()
-            return 0.0
-
-        def gradients() -> float:
-            loss = 0.0
-            for piece in pieces.pieces(rows):
-                if share := counted.count(piece) / total:
-                    part = loss_of(piece) * share
-                    scaler.scale(part).backward()
-                    loss += part.item()
-            return loss
-
-        loss = pieces.run(gradients, optimizer.zero_grad)
-        if isfinite(loss):
-            scaler.step(optimizer)
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def descend(attempt: int) -> bool:
-        """All steps that are left of an attempt; whether every loss was finite."""
-        rate = settings.learning_rate * RETRY_RATE**attempt
-        optimizer = torch.optim.AdamW(factors, rate, weight_decay=0.0)
-        schedule = linear_decay(optimizer, len(batches))
-        half = hidden[0].dtype == torch.float16
-        scaler = torch.amp.GradScaler(device.type, enabled=half)
-        done = _restore(saved, attempt, factors, optimizer, schedule, scaler)
-        with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
-            bar.update(done)
-            for number, rows in enumerate(batches[done:], start=done + 1):
-                loss = step(rows, optimizer, scaler)
-                if not isfinite(loss):
-                    return False
-                schedule.step()
-                bar.set_postfix(kl=f"{loss:.3e}")
-                bar.update()
-                stopping = stop is not None and stop.requested
-                if saved is not None and (stopping or number % per_epoch == 0):
-                    _save(saved, attempt, number, factors, optimizer, scaler)
-                if stop is not None and stopping:
-                    _say_stopped(stop, saved, number, len(batches))
-                    raise stop.exit()
-        return True
-
-    def reset() -> None:
-        with torch.no_grad():
-            for factor in factors:
-                factor.fill_(1.0)
-
     with ExitStack() as stack:
         for layer in linears.values():
             inputs = QuantizedInputs(1.0)
@@ -238,81 +239,22 @@ def tune_scales(
                 for linear in layer.values()
             }
             stack.enter_context(replaced_forwards(forwards))
-        start_loss = judge()
-        for attempt in range(_attempts(saved), RETRIES + 1):
-            result = ClosingResult(start_loss, judge() if descend(attempt) else nan)
+        start_loss = tuning.judge()
+        for attempt in range(saved_attempt(saved), RETRIES + 1):
+            finite = tuning.descend(attempt, saved, stop)
+            loss = tuning.judge() if finite else nan
+            result = ClosingResult(start_loss, loss, attempt)
             if isfinite(result.loss):
                 break
-            reset()
+            tuning.reset()
             logger.warning(
                 f"closing pass, attempt {attempt + 1}: the loss is not finite"
             )
     if result.kept_start:
-        reset()
+        tuning.reset()
         result.loss = start_loss
-    return result
-
-
-def _attempts(saved: Checkpoint | None) -> int:
-    """The attempt that a saved state is in."""
-    progress = saved.progress if saved is not None else None
-    return progress[CLOSING]["attempt"] if progress and CLOSING in progress else 0
-
-
-def _save(
-    saved: Checkpoint,
-    attempt: int,
-    step: int,
-    factors: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    tensors = {
-        f"factor.{number}": factor.detach().clone()
-        for number, factor in enumerate(factors)
-    }
-    for name, tensor in optimizer_tensors(optimizer).items():
-        tensors[f"optimizer.{name}"] = tensor
-    where = {"attempt": attempt, "step": step, "scaler": scaler.state_dict()}
-    saved.save({**(saved.progress or {}), CLOSING: where}, {CLOSING: tensors})
-
-
-@torch.no_grad()
-def _restore(
-    saved: Checkpoint | None,
-    attempt: int,
-    factors: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Take up a saved state of the same attempt; the steps it has done."""
-    if saved is None or CLOSING not in saved or _attempts(saved) != attempt:
-        return 0
-    assert saved.progress is not None
-    where, tensors = saved.progress[CLOSING], saved.tensors(CLOSING)
-    for number, factor in enumerate(factors):
-        factor.copy_(tensors[f"factor.{number}"])
-    states = {
-        name.removeprefix("optimizer."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("optimizer.")
-    }
-    restore_optimizer(optimizer, schedule, states, where["step"])
-    scaler.load_state_dict(where["scaler"])
-    return where["step"]
-
-
-def _say_stopped(
-    stop: StopRequest, saved: Checkpoint | None, step: int, steps: int
-) -> None:
-    assert stop.signal is not None
-    logger.warning(
-        f"SliderQuant: stopped by {stop.signal.name} after step {step} of {steps} of "
-        "the closing pass. "
-        + (
-            f"Run the same command again to go on; the state is in {saved.folder}."
-            if saved is not None
-            else "Without checkpoint_dir nothing was saved."
-        )
+    logger.info(
+        f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
+        + (", start kept" if result.kept_start else "")
     )
+    return result

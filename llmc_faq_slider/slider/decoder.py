@@ -103,7 +103,7 @@ class Decoder:
                 squares.tokens = 0
                 squares.sums = None
 
-        handles = [squares.listen() for squares in inputs.values()]
+        handles = [squares.attach() for squares in inputs.values()]
         try:
             targets = self.limit.run(
                 lambda: self._through(window.layers, self.full_precision), forget
@@ -161,14 +161,14 @@ class Decoder:
 
 
 class _InputSquares:
-    """Sum of the squares of a linear's input channels, while a hook listens."""
+    """Sum of the squares of a linear's input channels, while a hook is attached."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.tokens = 0
         self.sums: Tensor | None = None
 
-    def listen(self) -> torch.utils.hooks.RemovableHandle:
+    def attach(self) -> torch.utils.hooks.RemovableHandle:
         return self.module.register_forward_pre_hook(self._add)
 
     def _add(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:

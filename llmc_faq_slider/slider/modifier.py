@@ -10,32 +10,30 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.dev import get_main_device
-from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_faq_slider.host.checks import (
+    check_data,
     check_learning_stage,
     check_other_stages,
     check_turn,
-    outside_layers,
-    targeted_linears,
 )
-from llmc_faq_slider.host.commit import commit_layer
+from llmc_faq_slider.host.commit import LayerCommits
 from llmc_faq_slider.host.decoder import (
     calibration_samples,
     counted_tokens,
-    decoder_layers,
-    split_targets,
+    unquantized,
 )
-from llmc_faq_slider.host.grids import linear_grids, needs_pack_quantized
+from llmc_faq_slider.host.grids import needs_pack_quantized
 from llmc_faq_slider.host.postconditions import (
     check_committed,
     check_finite,
     check_folds,
     check_losses,
     check_seen,
+    check_weights,
     conclude,
 )
 from llmc_faq_slider.host.run_identity import (
@@ -45,25 +43,22 @@ from llmc_faq_slider.host.run_identity import (
 )
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
-from llmc_faq_slider.slider.checkpoint import Checkpoint, open_checkpoint
-from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
-from llmc_faq_slider.slider.head import OutputHead, frozen
-from llmc_faq_slider.slider.interruption import StopRequest, stop_on_signals
+from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
+from llmc_faq_slider.slider.checkpoint import open_checkpoint
+from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
+from llmc_faq_slider.slider.end_windows import end_windows
+from llmc_faq_slider.slider.head import OutputHead
+from llmc_faq_slider.slider.interruption import stop_on_signals
 from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
     learn_windows,
 )
 from llmc_faq_slider.slider.loss import CountedTokens
-from llmc_faq_slider.slider.memory import RowLimit, row_limit
-from llmc_faq_slider.slider.proposal import propose_windows
-from llmc_faq_slider.slider.sensitivity import (
-    measure_sensitivity,
-    sample_rows,
-)
-from llmc_faq_slider.slider.stream import DecoderCalls, capture_decoder
-from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids
-from llmc_faq_slider.slider.windows import window_schedule
+from llmc_faq_slider.slider.memory import row_limit
+from llmc_faq_slider.slider.outcome import Outcome, remarks
+from llmc_faq_slider.slider.stream import capture_decoder
+from llmc_faq_slider.slider.windows import Window, window_schedule
 
 __all__ = ["SliderQuantModifier"]
 
@@ -195,19 +190,28 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         return fields
 
     _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
-    _results: list[WindowResult] = PrivateAttr(default_factory=list)
-    _warnings: list[str] = PrivateAttr(default_factory=list)
     _folder: Path | None = PrivateAttr(default=None)
+    _outcome: Outcome | None = PrivateAttr(default=None)
 
     @property
     def results(self) -> list[WindowResult]:
         """What each window of the last run reached."""
-        return self._results
+        return self._outcome.windows if self._outcome else []
 
     @property
     def warnings(self) -> list[str]:
-        """What the last run's checks found, with ``strict: false``."""
-        return self._warnings
+        """
+        Of the last run: windows and closing passes that kept their start or began anew,
+        and with ``strict: false`` what the checks of the result found.
+        """
+        return self._outcome.warnings if self._outcome else []
+
+    def report(self) -> dict[str, Any]:
+        """
+        The last run, JSON-like: rows, tokens, windows with their losses and seconds,
+        closing pass, warnings. Empty before a run.
+        """
+        return self._outcome.record() if self._outcome else {}
 
     def resolve_quantization_config(self) -> QuantizationConfig:
         """The recipe's scheme, with the format that vLLM's kernels need."""
@@ -222,165 +226,90 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         check_learning_stage(self, self.window_size, self.window_stride)
         check_serving(self, self.target)
         check_other_stages(state.model, self)
-        self._check_weights(state.model)
+        check_weights(state.model)
         self._folder = stage_folder(self.checkpoint_dir, stage_position(self))
         self._sequential_targets = kwargs.get("sequential_targets")
         self.initialize_quantization(state.model)
-        self._grids(state.model)
+        targeted_layers(state.model, self, self._sequential_targets)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         check_turn(self)
+        check_data(state)
+        check_weights(state.model)
         model: nn.Module = state.model
-        if state.data is None or state.data.calib is None:
-            raise ValueError(
-                "SliderQuantModifier needs calibration data and found none. Give "
-                "oneshot a data set, or put a FAQModifier before it."
-            )
-        self._check_weights(model)
         rows, masks = calibration_samples(state.data.calib)
-        if not self.loss_on_responses:
-            masks = [None] * len(rows)
-        named = decoder_layers(model, self._sequential_targets)
-        layers = [layer for _, layer in named]
-        grids = self._grids(model)
-        targets = targeted_linears(model, self)
-        committed: set[nn.Module] = set()
-        tuned: dict[int, dict[str, TunedLinear]] = {}
-
-        def commit(index: int, folded: FoldedLayer) -> None:
-            commit_layer(layers[index], folded)
-            committed.update(layers[index].get_submodule(n) for n in folded.linears)
-            if self.closing_epochs:
-                tuned[index] = {
-                    name: TunedLinear(
-                        layers[index].get_submodule(name), grids[index][name], linear
-                    )
-                    for name, linear in folded.linears.items()
-                }
-
+        tokens = self._tokens(rows, masks)
+        layers = targeted_layers(model, self, self._sequential_targets)
+        commits = LayerCommits(layers, self.closing_epochs > 0)
         device = get_main_device()
-        training = model.training
-        model.eval()
-        with DisableQuantization(model), frozen(model), ExitStack() as stack:
-            hidden, calls = capture_decoder(model, layers, rows, device)
-            windows = window_schedule(
-                len(layers),
-                *self._end_windows(model, layers, rows, grids, device),
-                self.window_size,
-                self.window_stride,
-            )
-            logger.info(
-                f"SliderQuant: {len(targets)} linears in {len(layers)} layers, "
-                f"{len(windows)} windows, {sum(map(len, rows))} calibration tokens in "
-                f"{len(rows)} rows"
-            )
-            tokens = (
-                counted_tokens(rows, masks)
-                if self.loss_on_responses
-                else CountedTokens.all([len(row) for row in rows])
-            )
+        with unquantized(model), ExitStack() as stack:
+            hidden, calls = capture_decoder(model, layers.modules, rows, device)
+            windows = self._windows(model, layers, rows, device)
             limit = row_limit(
                 model,
-                [[(layers[i], grids.get(i, {})) for i in w.layers] for w in windows],
-                max(map(len, rows)),
+                map(layers.of, windows),
+                max(tokens.lengths),
                 self.batch_size,
                 self.closing_epochs > 0,
                 device,
             )
             saved = stop = None
             if self._folder is not None:
-                fingerprint = run_fingerprint(model, self, rows, masks, windows)
+                fingerprint = run_fingerprint(model, self, rows, tokens.masks, windows)
                 saved = stack.enter_context(open_checkpoint(self._folder, fingerprint))
                 stop = stack.enter_context(stop_on_signals())
             learned = learn_windows(
                 calls,
                 hidden,
-                grids,
+                layers.grids,
                 windows,
                 self._settings(),
                 device,
-                commit,
+                commits.layer,
                 tokens,
                 limit,
                 saved,
                 stop,
             )
-            self._results = learned.windows
+            closing = None
             if self.closing_epochs:
-                outputs = learned.outputs
-                self._close(
+                closing = tune_scales(
                     calls,
                     OutputHead(model, calls, hidden[0].to(device)),
-                    tuned,
+                    commits.tuned,
                     hidden,
-                    outputs,
+                    learned.outputs,
+                    self._closing_settings(),
                     device,
                     tokens,
                     limit,
                     saved,
                     stop,
                 )
+                if not closing.kept_start:
+                    commits.tuned_scales()
             if stop is not None and stop.requested:
                 logger.warning("SliderQuant: stopped; this stage is done and saved.")
                 raise stop.exit()
-        model.train(training)
-        names = [name for name, _ in named]
-        self._warnings = conclude(
+        self._outcome = Outcome(
+            len(rows),
+            sum(tokens.lengths),
+            learned.windows,
+            closing,
+            remarks(learned.windows, closing),
+        )
+        dtype = hidden[0].dtype
+        self._outcome.warnings += conclude(
             [
-                *check_committed(
-                    targets, {n for n, m in targets.items() if m in committed}
-                ),
+                *check_committed(layers.linears, commits.names()),
                 *check_finite(model),
                 *check_losses(learned.windows),
-                *check_folds(learned.fold_errors, grids, names, hidden[0].dtype),
-                *check_seen(learned.unseen, names),
+                *check_folds(learned.fold_errors, layers.grids, layers.names, dtype),
+                *check_seen(learned.unseen, layers.names),
             ],
             self.strict,
         )
-
-    def _close(
-        self,
-        calls: DecoderCalls,
-        head: OutputHead,
-        tuned: dict[int, dict[str, TunedLinear]],
-        hidden: list[Tensor],
-        outputs: list[Tensor],
-        device: torch.device,
-        tokens: CountedTokens,
-        limit: RowLimit,
-        saved: Checkpoint | None,
-        stop: StopRequest | None,
-    ) -> None:
-        """Tune all scales together, and commit them."""
-        settings = ClosingSettings(
-            epochs=self.closing_epochs,
-            learning_rate=self.closing_lr,
-            batch_size=self.batch_size,
-            compute_dtype=getattr(torch, self.compute_dtype),
-            seed=self.seed,
-        )
-        result = tune_scales(
-            calls,
-            head,
-            tuned,
-            hidden,
-            outputs,
-            settings,
-            device,
-            tokens,
-            limit,
-            saved,
-            stop,
-        )
-        logger.info(
-            f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
-            + (", start kept" if result.kept_start else "")
-        )
-        if not result.kept_start:
-            for index, linears in tuned.items():
-                folded = {name: linear.fold() for name, linear in linears.items()}
-                commit_layer(calls.layers[index], FoldedLayer(folded, {}))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.end_calibration(state.model)
@@ -389,48 +318,36 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         make_recipe_loadable()
         return True
 
-    def _grids(self, model: nn.Module) -> dict[int, dict[str, LinearGrids]]:
-        """Number formats by layer index and name within the layer."""
-        layers = decoder_layers(model, self._sequential_targets)
-        inside, outside = split_targets(layers, targeted_linears(model, self))
-        if outside:
-            raise ValueError(outside_layers(outside))
-        return {
-            index: {name: linear_grids(module) for name, module in modules.items()}
-            for index, modules in inside.items()
-        }
+    def _tokens(self, rows: list[Tensor], masks: list[Tensor | None]) -> CountedTokens:
+        if self.loss_on_responses:
+            return counted_tokens(rows, masks)
+        return CountedTokens.all([len(row) for row in rows])
 
-    def _end_windows(
+    def _windows(
         self,
         model: nn.Module,
-        layers: list[nn.Module],
+        layers: TargetedLayers,
         rows: list[Tensor],
-        grids: dict[int, dict[str, LinearGrids]],
         device: torch.device,
-    ) -> tuple[int, int]:
-        """Numbers of growing and shrinking windows, measured where they are auto."""
-        shallow, deep = self.shallow_layers, self.deep_layers
-        if shallow != "auto" and deep != "auto":
-            return shallow, deep
-        measured = measure_sensitivity(model, layers, sample_rows(rows), grids, device)
-        values = [layer.kl for layer in measured.layers]
-        proposal = propose_windows(values)
+    ) -> list[Window]:
+        shallow, deep = end_windows(
+            self.shallow_layers,
+            self.deep_layers,
+            model,
+            layers.modules,
+            rows,
+            layers.grids,
+            device,
+        )
+        windows = window_schedule(
+            len(layers.modules), shallow, deep, self.window_size, self.window_stride
+        )
         logger.info(
-            f"SliderQuant: sensitivity proposes {proposal.shallow_layers} shallow and "
-            f"{proposal.deep_layers} deep layers; KL in nats per token when one layer "
-            f"alone is quantised: {', '.join(f'{value:.2g}' for value in values)}"
+            f"SliderQuant: {len(layers.linears)} linears in {len(layers.modules)} "
+            f"layers, {len(windows)} windows, {sum(map(len, rows))} calibration tokens "
+            f"in {len(rows)} rows"
         )
-        return (
-            proposal.shallow_layers if shallow == "auto" else shallow,
-            proposal.deep_layers if deep == "auto" else deep,
-        )
-
-    def _check_weights(self, model: nn.Module) -> None:
-        for problem in check_finite(model):
-            raise ValueError(
-                f"{problem} SliderQuant cannot learn from them: give it a model whose "
-                "weights are whole."
-            )
+        return windows
 
     def _settings(self) -> LearningSettings:
         return LearningSettings(
@@ -446,6 +363,15 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 "clipping": self.clipping_lr,
                 "channel_scale": self.channel_scale_lr,
             },
+            compute_dtype=getattr(torch, self.compute_dtype),
+            seed=self.seed,
+        )
+
+    def _closing_settings(self) -> ClosingSettings:
+        return ClosingSettings(
+            epochs=self.closing_epochs,
+            learning_rate=self.closing_lr,
+            batch_size=self.batch_size,
             compute_dtype=getattr(torch, self.compute_dtype),
             seed=self.seed,
         )

@@ -1,4 +1,4 @@
-"""Sign descent inside a box, for rounding offsets, and the decay of all rates.
+"""Optimisers of a window: AdamW, sign descent for rounding offsets, linear decay.
 
 Also what an optimiser has to remember when a run stops between two of its steps.
 """
@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["SignDescent", "linear_decay", "optimizer_tensors", "restore_optimizer"]
+from llmc_faq_slider.slider.learning_state import LearningSettings
+from llmc_faq_slider.slider.student import StudentLayer
+
+__all__ = [
+    "SignDescent",
+    "linear_decay",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "student_optimizers",
+]
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -35,6 +44,30 @@ class SignDescent(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
                     parameter.clamp_(-group["limit"], group["limit"])
+
+
+def student_optimizers(
+    students: list[StudentLayer], settings: LearningSettings, steps: int, share: float
+) -> list[torch.optim.Optimizer]:
+    """
+    AdamW without weight decay, and sign descent for rounding offsets.
+
+    :param share: of the learning rates
+    """
+    groups = []
+    for kind, rate in settings.learning_rates.items():
+        parameters = [p for student in students for p in student.parameters(kind)]
+        if parameters:
+            groups.append({"params": parameters, "lr": share * rate})
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
+    offsets = [p for student in students for p in student.parameters("rounding")]
+    if offsets:
+        # Rates that fall linearly to zero add up to half of the first one per step.
+        rate = 2 * share * settings.rounding_travel / max(1, steps)
+        optimizers.append(SignDescent(offsets, rate))
+    return optimizers
 
 
 def linear_decay(

@@ -23,13 +23,12 @@ from llmc_faq_slider.slider.learning_state import (
 )
 from llmc_faq_slider.slider.loss import judged_rows, output_loss
 from llmc_faq_slider.slider.optimizer import (
-    SignDescent,
     linear_decay,
     optimizer_tensors,
     restore_optimizer,
+    student_optimizers,
 )
 from llmc_faq_slider.slider.stream import epoch_batches, row_batches
-from llmc_faq_slider.slider.student import StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
 __all__ = ["learn_window"]
@@ -100,7 +99,9 @@ class _Training:
         """
         batches = self._batches(epochs)
         rate = RETRY_RATE**attempt
-        optimizers = _optimizers(self.students, self.settings, len(batches), rate)
+        optimizers = student_optimizers(
+            self.students, self.settings, len(batches), rate
+        )
         schedules = [linear_decay(optimizer, len(batches)) for optimizer in optimizers]
         # Gradients of fp16 hidden states would vanish; elsewhere it does nothing.
         half = self.decoder.quantized[0].dtype == torch.float16
@@ -300,27 +301,3 @@ def learn_window(
         + (", start kept" if result.kept_start else "")
     )
     return result
-
-
-def _optimizers(
-    students: list[StudentLayer], settings: LearningSettings, steps: int, share: float
-) -> list[torch.optim.Optimizer]:
-    """
-    AdamW without weight decay, and sign descent for rounding offsets.
-
-    :param share: of the learning rates
-    """
-    groups = []
-    for kind, rate in settings.learning_rates.items():
-        parameters = [p for student in students for p in student.parameters(kind)]
-        if parameters:
-            groups.append({"params": parameters, "lr": share * rate})
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
-    offsets = [p for student in students for p in student.parameters("rounding")]
-    if offsets:
-        # Rates that fall linearly to zero add up to half of the first one per step.
-        rate = 2 * share * settings.rounding_travel / max(1, steps)
-        optimizers.append(SignDescent(offsets, rate))
-    return optimizers

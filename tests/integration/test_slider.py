@@ -171,3 +171,21 @@ def test_targets_of_one_projection_only(small_model):
     after = dict(model.named_parameters())
     changed = {n for n, p in before.items() if not torch.equal(after[n], p)}
     assert changed and all("down_proj" in name for name in changed)
+
+
+def test_fp16_learns_and_its_checkpoint_loads(small_model, tmp_path):
+    rows = held_out_rows(small_model, half=1)[:2]
+    model = load(small_model, torch.float16)
+    stage = SliderQuantModifier(
+        ignore=["lm_head"], scheme="W4A16", preset="fast", batch_size=1
+    )
+    data = calibration_set(small_model, 16)
+    quantize(model, stage, dataset=data, output_dir=str(tmp_path))
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    for result in stage.results:
+        assert result.retries == 0 and result.loss <= result.start_loss
+    first, last = stage.results[0], stage.results[-1]
+    assert first.loss < 0.7 * first.start_loss and last.loss < last.start_loss
+    saved = load(tmp_path, torch.float16)
+    assert torch.equal(logits(saved, rows), logits(model, rows))

@@ -2,11 +2,12 @@ import pytest
 import torch
 from test_learner import CPU, LINEARS, model, rows_of  # noqa: F401
 
-from llmc_faq_slider.slider.closing import ClosingSettings, TunedLinear, tune_scales
+from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import capture_decoder
 from llmc_faq_slider.slider.student import FoldedLinear, LinearGrids
+from llmc_faq_slider.slider.tuned_linear import TunedLinear
 
 pytestmark = pytest.mark.unit
 

@@ -58,7 +58,7 @@ def test_loss_is_the_mean_over_marked_tokens(model):  # noqa: F811
     mask = torch.cat([last(4, 1), last(4, 3)])
     errors = token_errors(output, target)
     expected = (errors[0, 3] + errors[1, 1:].sum()) / 4
-    torch.testing.assert_close(output_loss(output, target, mask, None), expected)
+    torch.testing.assert_close(output_loss(output, target, mask), expected)
 
     hidden, calls = capture_decoder(model, list(model.model.layers), rows_of([4]), CPU)
     head = OutputHead(model, calls, hidden[0])

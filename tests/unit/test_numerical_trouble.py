@@ -143,7 +143,7 @@ def test_samples_without_tokens_or_with_one_are_left_out():
 def test_channels_that_calibration_leaves_silent_still_count():
     linear = torch.nn.Linear(4, 2)
     squares = _InputSquares(linear)
-    handle = squares.listen()
+    handle = squares.attach()
     linear(torch.tensor([[[1.0, 0.0, 2.0, 0.0]]]))
     handle.remove()
     assert squares.tokens == 1

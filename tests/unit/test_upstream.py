@@ -52,7 +52,7 @@ RELIED_ON = [
         ["modifiers", "user"],
         "calibration_data",
     ),
-    ("llmcompressor.core", "active_session", [], "checks, saved_recipe"),
+    ("llmcompressor.core", "active_session", [], "checks, run_report"),
     (
         "compressed_tensors.compressors.format",
         "infer_module_format",
@@ -81,6 +81,8 @@ RELIED_ON = [
         ["experts_cls"],
         "skeleton",
     ),
+    ("llmcompressor.modeling.moe", "context._CALIBRATE_ALL_EXPERTS", None, "decoder"),
+    ("compressed_tensors.utils", "patch_attr", ["base", "attr", "value"], "decoder"),
     (
         "llmcompressor.modifiers.utils.hooks",
         "HooksMixin.disable_hooks",
@@ -92,7 +94,7 @@ RELIED_ON = [
         "llmcompressor.utils.helpers",
         "DisableQuantization",
         ["module"],
-        "slider.modifier",
+        "decoder",
     ),
     (
         "llmcompressor.modifiers.quantization.quantization",

@@ -1,0 +1,58 @@
+"""What of a model a SliderQuant stage quantises."""
+
+from dataclasses import dataclass
+
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from torch import nn
+
+from llmc_faq_slider.host.checks import outside_layers, targeted_linears
+from llmc_faq_slider.host.decoder import decoder_layers, split_targets
+from llmc_faq_slider.host.grids import linear_grids
+from llmc_faq_slider.slider.student import LinearGrids
+from llmc_faq_slider.slider.windows import Window
+
+__all__ = ["TargetedLayers", "targeted_layers"]
+
+
+@dataclass(frozen=True)
+class TargetedLayers:
+    """
+    :param names: of all decoder layers, in order
+    :param modules: the same layers
+    :param linears: targeted linears by name in the model
+    :param grids: their number formats by layer index and name within the layer
+    """
+
+    names: list[str]
+    modules: list[nn.Module]
+    linears: dict[str, nn.Module]
+    grids: dict[int, dict[str, LinearGrids]]
+
+    def of(self, window: Window) -> list[tuple[nn.Module, dict[str, LinearGrids]]]:
+        """Layers of a window, each with the formats of its linears."""
+        return [(self.modules[i], self.grids.get(i, {})) for i in window.layers]
+
+
+def targeted_layers(
+    model: nn.Module,
+    stage: QuantizationMixin,
+    sequential_targets: str | list[str] | None,
+) -> TargetedLayers:
+    """
+    :param sequential_targets: class names of decoder layers, None for the model's own
+    :raises ValueError: if no linear is targeted, or one outside the decoder layers
+    """
+    layers = decoder_layers(model, sequential_targets)
+    linears = targeted_linears(model, stage)
+    inside, outside = split_targets(layers, linears)
+    if outside:
+        raise ValueError(outside_layers(outside))
+    return TargetedLayers(
+        [name for name, _ in layers],
+        [layer for _, layer in layers],
+        linears,
+        {
+            index: {name: linear_grids(module) for name, module in modules.items()}
+            for index, modules in inside.items()
+        },
+    )

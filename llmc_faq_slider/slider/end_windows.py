@@ -1,0 +1,46 @@
+"""Numbers of growing and shrinking windows, measured where they are ``auto``."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from llmc_faq_slider.slider.proposal import propose_windows
+from llmc_faq_slider.slider.sensitivity import measure_sensitivity, sample_rows
+from llmc_faq_slider.slider.student import LinearGrids
+
+__all__ = ["end_windows"]
+
+
+def end_windows(
+    shallow: int | Literal["auto"],
+    deep: int | Literal["auto"],
+    model: nn.Module,
+    layers: list[nn.Module],
+    rows: list[Tensor],
+    grids: Mapping[int, Mapping[str, LinearGrids]],
+    device: torch.device,
+) -> tuple[int, int]:
+    """
+    Both numbers as they are, or as the layers' sensitivity proposes.
+
+    :param rows: token ids ``[length]``, of which a sample is measured on
+    :param grids: number formats by layer index and name of linear
+    :raises ValueError: see :func:`measure_sensitivity`
+    """
+    if shallow != "auto" and deep != "auto":
+        return shallow, deep
+    measured = measure_sensitivity(model, layers, sample_rows(rows), grids, device)
+    values = [layer.kl for layer in measured.layers]
+    proposal = propose_windows(values)
+    logger.info(
+        f"SliderQuant: sensitivity proposes {proposal.shallow_layers} shallow and "
+        f"{proposal.deep_layers} deep layers; KL in nats per token when one layer "
+        f"alone is quantised: {', '.join(f'{value:.2g}' for value in values)}"
+    )
+    return (
+        proposal.shallow_layers if shallow == "auto" else shallow,
+        proposal.deep_layers if deep == "auto" else deep,
+    )
