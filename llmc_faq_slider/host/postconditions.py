@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from llmc_faq_slider.host.calibration_data import plain_weights
 from llmc_faq_slider.slider.learning_state import WindowResult
-from llmc_faq_slider.slider.student import LinearGrids
 
 __all__ = [
     "check_committed",
@@ -30,10 +29,8 @@ __all__ = [
 
 SHOWN = 5
 # Squared error of a committed layer's output relative to its square. 16 bits round the
-# folded norms and weights once more, and a 4-bit input near the middle of two codes is
-# rounded the other way after any other rounding.
+# folded norms and weights once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-TOLERANCE_4_BITS = 1e-2
 # Weights may stand this many roundings of their dtype beside the grid: the commit moves
 # them by up to two where the code would be lost.
 ROUNDINGS = 4
@@ -151,10 +148,7 @@ def check_losses(results: list[WindowResult]) -> list[str]:
 
 
 def check_folds(
-    errors: Mapping[int, float],
-    grids: Mapping[int, Mapping[str, LinearGrids]],
-    names: list[str],
-    dtype: torch.dtype,
+    errors: Mapping[int, float], names: list[str], dtype: torch.dtype
 ) -> list[str]:
     """
     Layers whose committed weights do not compute what was trained.
@@ -163,18 +157,13 @@ def check_folds(
     :param names: of all layers
     :param dtype: of the hidden states
     """
-    problems = []
-    for index, error in errors.items():
-        inputs = [grid.input for grid in grids[index].values()]
-        coarse = any(grid is not None and grid.num_bits < 8 for grid in inputs)
-        tolerance = TOLERANCE_4_BITS if coarse else TOLERANCE[dtype]
-        if not error <= tolerance:
-            problems.append(
-                f"{names[index]} as committed differs from what was trained: relative "
-                f"squared error of its output {error:.2e}, at most {tolerance:.0e} is "
-                "rounding."
-            )
-    return problems
+    tolerance = TOLERANCE[dtype]
+    return [
+        f"{names[index]} as committed differs from what was trained: relative squared "
+        f"error of its output {error:.2e}, at most {tolerance:.0e} is rounding."
+        for index, error in errors.items()
+        if not error <= tolerance
+    ]
 
 
 def check_seen(unseen: list[str], names: list[str]) -> list[str]:

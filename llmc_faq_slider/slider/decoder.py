@@ -4,33 +4,25 @@ It holds the two streams of hidden states, one behind full-precision layers and 
 behind quantised ones, and the students of the layers that are still open.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 
 from llmc_faq_slider.slider.loss import CountedTokens, token_errors
 from llmc_faq_slider.slider.memory import RowLimit
-from llmc_faq_slider.slider.stream import (
-    DecoderCalls,
-    replaced_forwards,
-    row_batches,
-)
-from llmc_faq_slider.slider.student import (
-    LinearGrids,
-    QuantizedInputs,
-    StudentLayer,
-)
+from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
+from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
-__all__ = ["Decoder", "LayerGrids", "committed_error"]
+__all__ = ["Commit", "Decoder", "LayerGrids"]
 
 LayerGrids = dict[int, dict[str, LinearGrids]]
 StartStudent = Callable[[int, dict[str, Tensor]], StudentLayer]
+Commit = Callable[[int, FoldedLayer], None]
 
 # An input channel counts at least this share of the mean one, or a channel that the
 # calibration data leaves silent could be quantised at will.
@@ -135,21 +127,32 @@ class Decoder:
         self.students[index] = self.start(index, importance)
 
     @torch.no_grad()
-    def advance(self, index: int, ratio: float) -> tuple[Tensor, Tensor]:
-        """
-        Move both streams behind decoder layer ``index``, in the model's own dtype.
-
-        :return: the layer's input and output in the quantised stream, first row
-        """
+    def advance(self, index: int, ratio: float) -> None:
+        """Move both streams behind layer ``index``, in the model's own dtype."""
         layer = range(index, index + 1)
         full = self.limit.run(lambda: self._through(layer, self.full_precision))
         with self.installed(
             Window(index, index + 1, "fixed"), ratio, self.quantized[0].dtype
         ):
             quantized = self.limit.run(lambda: self._through(layer, self.quantized))
-        before = self.quantized[0]
         self.full_precision, self.quantized = full, quantized
-        return before, quantized[0]
+
+    @torch.no_grad()
+    def commit(self, index: int, hidden: Tensor, commit: Commit) -> float:
+        """
+        Commit layer ``index``, and how far its weights then are from what was trained.
+
+        Inputs stay unquantised on both sides: in few bits, one that lies between two
+        codes goes either way after any rounding.
+
+        :param hidden: input of the layer ``[1, length, hidden]``
+        :return: mean of :func:`token_errors`
+        """
+        student = self.students.pop(index)
+        with student.installed(1.0, hidden.dtype, quantize_inputs=False):
+            trained = self.calls.run(index, hidden)
+        commit(index, student.fold())
+        return token_errors(self.calls.run(index, hidden), trained).mean().item()
 
     def _through(self, layers: range, rows: list[Tensor]) -> list[Tensor]:
         results = list(rows)
@@ -185,38 +188,3 @@ class _InputSquares:
             return torch.ones(weight.shape[1], device=weight.device)
         mean = self.sums / self.tokens
         return mean.clamp(min=LEAST_IMPORTANCE * mean.mean().item())
-
-
-@torch.no_grad()
-def committed_error(
-    calls: DecoderCalls,
-    index: int,
-    grids: Mapping[str, LinearGrids],
-    hidden: Tensor,
-    trained: Tensor,
-) -> float:
-    """
-    How far a layer's committed weights are from what was trained.
-
-    :param hidden: input of the layer ``[1, length, hidden]``
-    :param trained: the student's output
-    :return: mean of :func:`token_errors`
-    """
-    inputs = QuantizedInputs(1.0)
-    layer = calls.layers[index]
-    forwards = {
-        module: _stored_forward(module, grid, inputs)
-        for module, grid in ((layer.get_submodule(n), g) for n, g in grids.items())
-    }
-    with replaced_forwards(forwards):
-        output = calls.run(index, hidden)
-    return token_errors(output, trained.to(output.device)).mean().item()
-
-
-def _stored_forward(
-    module: nn.Module, grids: LinearGrids, inputs: QuantizedInputs
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(inputs(x, grids.input), module.weight, module.bias)  # type: ignore
-
-    return forward

@@ -9,15 +9,13 @@ follow from these and from the model by the same computations as before, so that
 that goes on ends with the same bits.
 """
 
-from collections.abc import Callable
-
 import torch
 from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
 
 from llmc_faq_slider.slider.checkpoint import Checkpoint
-from llmc_faq_slider.slider.decoder import Decoder, LayerGrids, committed_error
+from llmc_faq_slider.slider.decoder import Commit, Decoder, LayerGrids
 from llmc_faq_slider.slider.interruption import StopRequest
 from llmc_faq_slider.slider.learning_state import (
     UNFINISHED,
@@ -32,7 +30,7 @@ from llmc_faq_slider.slider.learning_state import (
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import RowLimit
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
-from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
+from llmc_faq_slider.slider.student import LinearGrids, StudentLayer
 from llmc_faq_slider.slider.window_training import learn_window
 from llmc_faq_slider.slider.windows import Window
 
@@ -43,8 +41,6 @@ __all__ = [
     "learn_windows",
     "stage_ratios",
 ]
-
-Commit = Callable[[int, FoldedLayer], None]
 
 
 def stage_ratios(ratio: float) -> list[float]:
@@ -285,17 +281,10 @@ class _Walk:
         last = number + 1 == len(windows)
         following = windows[number].stop if last else windows[number + 1].start
         for index in range(windows[number].start, following):
-            before, trained = decoder.advance(index, self.sweeps[sweep][-1])
+            hidden = decoder.quantized[0].to(decoder.device)
+            decoder.advance(index, self.sweeps[sweep][-1])
             if sweep == len(self.sweeps) - 1 and index in decoder.students:
-                student = decoder.students.pop(index)
-                self.commit(index, student.fold())
-                self.fold_errors[index] = committed_error(
-                    decoder.calls,
-                    index,
-                    decoder.grids[index],
-                    before.to(decoder.device),
-                    trained,
-                )
+                self.fold_errors[index] = decoder.commit(index, hidden, self.commit)
 
     def _epochs(self) -> list[int]:
         """Epochs of each intra-layer stage; later ones get what is left over."""

@@ -305,7 +305,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 *check_committed(layers.linears, commits.names()),
                 *check_finite(model),
                 *check_losses(learned.windows),
-                *check_folds(learned.fold_errors, layers.grids, layers.names, dtype),
+                *check_folds(learned.fold_errors, layers.names, dtype),
                 *check_seen(learned.unseen, layers.names),
             ],
             self.strict,

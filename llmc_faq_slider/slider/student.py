@@ -221,14 +221,16 @@ class StudentLayer:
             parameter.copy_(saved)
 
     @contextmanager
-    def installed(self, ratio: float, dtype: torch.dtype) -> Iterator[None]:
+    def installed(
+        self, ratio: float, dtype: torch.dtype, quantize_inputs: bool = True
+    ) -> Iterator[None]:
         """
         Make the layer's modules compute as the quantised student.
 
         :param ratio: intra-layer ratio; 0 quantises nothing (folds only)
         :param dtype: dtype of the matrix products
         """
-        inputs = QuantizedInputs(ratio)
+        inputs = QuantizedInputs(ratio if quantize_inputs else 0.0)
         forwards: dict[nn.Module, Any] = {
             linear.module: quantized_forward(linear, ratio, dtype, inputs)
             for linear in self.linears.values()
