@@ -1,10 +1,7 @@
 """What of a recipe does not fit a model: names, sizes, fused linears, chat template."""
 
-import re
 from collections.abc import Iterator, Sequence
-from math import gcd
 
-from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.modifiers import Modifier
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -14,11 +11,11 @@ from llmc_faq_slider.faq.rendering import template_text
 from llmc_faq_slider.host.checks import outside_layers, targeted_linears
 from llmc_faq_slider.host.declared import (
     DeclaredGroup,
-    declared_groups,
     quantising_stages,
 )
 from llmc_faq_slider.host.decoder import decoder_layers, split_targets
 from llmc_faq_slider.host.findings import Finding
+from llmc_faq_slider.host.group_sizes import Members, group_members, indivisible
 from llmc_faq_slider.host.serving_check import Served
 from llmc_faq_slider.report.serving import (
     Layer,
@@ -32,8 +29,6 @@ from llmc_faq_slider.report.serving import (
 from llmc_faq_slider.slider.modifier import SliderQuantModifier
 
 __all__ = ["check_model", "model_servings"]
-
-Members = dict[str, nn.Linear]
 
 
 def check_model(
@@ -54,75 +49,12 @@ def check_model(
                     raise ValueError(sentence)
         except ValueError as error:
             yield Finding("error", "targets", type(stage).__name__, str(error))
-    members = _members(modifiers, model)
+    members = group_members(modifiers, model)
     for declared, linears in members:
-        yield from _indivisible(declared, linears)
+        yield from indivisible(declared, linears)
     yield from _torn_apart(members, model)
     if any(isinstance(modifier, FAQModifier) for modifier in modifiers):
         yield from _chat_template(name, model.config.get_text_config().vocab_size)
-
-
-def _members(
-    modifiers: Sequence[Modifier], model: nn.Module
-) -> list[tuple[DeclaredGroup, Members]]:
-    """Linears of every config group; the most specific target decides, as upstream."""
-    groups = list(declared_groups(modifiers))
-    members: list[tuple[DeclaredGroup, Members]] = [(group, {}) for group in groups]
-    for stage in quantising_stages(modifiers):
-        own = [(i, group) for i, group in enumerate(groups) if group.stage is stage]
-        owner = {target: i for i, group in own for target in group.targets}
-        try:
-            matched = list(match_named_modules(model, owner, stage.ignore))
-        except re.error:
-            continue  # lint_modifiers says so
-        for name, module in matched:
-            if isinstance(module, nn.Linear):
-                best = match_targets(name, module, owner)[0]
-                members[owner[best]][1][name] = module
-    return members
-
-
-def _indivisible(declared: DeclaredGroup, linears: Members) -> Iterator[Finding]:
-    size = declared.group["weights"]["group_size"]
-    if size is None or size < 1:
-        return
-    wrong = {
-        name: linear.in_features
-        for name, linear in linears.items()
-        if linear.in_features % size
-    }
-    if not wrong:
-        return
-    common = gcd(*(linear.in_features for linear in linears.values()))
-    fitting = [str(n) for n in (128, 64, 32, 16) if common % n == 0]
-    advice = (
-        f"Groups of {', '.join(fitting)} divide all of its inputs; set "
-        f"weights.group_size: {fitting[0]}."
-        if fitting
-        else "Set weights.strategy: channel."
-    )
-    yield Finding(
-        "error",
-        "group-size",
-        declared.label,
-        f"Groups of {size} do not divide the inputs of {len(wrong)} layers of "
-        f"{declared.label}: {_listed(wrong)}. {advice}",
-    )
-
-
-def _listed(sizes: dict[str, int]) -> str:
-    """All layers, those that differ only in their number together."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for name, size in sizes.items():
-        parts = name.split(".")
-        numbers = [part for part in parts if part.isdigit()]
-        pattern = ".".join("*" if part.isdigit() else part for part in parts)
-        alike.setdefault((pattern, size), []).append(numbers[0] if numbers else "")
-    return ", ".join(
-        f"{pattern} ({size}"
-        + (f", layers {numbers[0]} to {numbers[-1]})" if len(numbers) > 1 else ")")
-        for (pattern, size), numbers in alike.items()
-    )
 
 
 def _torn_apart(
@@ -185,7 +117,7 @@ def model_servings(
     modifiers: Sequence[Modifier], model: nn.Module, targets: Sequence[Target]
 ) -> Iterator[Served]:
     """Every config group on every target, split by what becomes of its layers."""
-    for declared, linears in _members(modifiers, model):
+    for declared, linears in group_members(modifiers, model):
         experts = {n: m for n, m in linears.items() if ".experts." in n}
         plain = {n: m for n, m in linears.items() if n not in experts}
         for target in targets:

@@ -27,6 +27,7 @@ from llmc_faq_slider.host.decoder import (
     unquantized,
 )
 from llmc_faq_slider.host.grids import needs_pack_quantized
+from llmc_faq_slider.host.group_sizes import check_group_sizes
 from llmc_faq_slider.host.postconditions import (
     check_committed,
     check_finite,
@@ -229,6 +230,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         check_weights(state.model)
         self._folder = stage_folder(self.checkpoint_dir, stage_position(self))
         self._sequential_targets = kwargs.get("sequential_targets")
+        check_group_sizes(self, state.model)
         self.initialize_quantization(state.model)
         targeted_layers(state.model, self, self._sequential_targets)
         return True

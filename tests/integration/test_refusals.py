@@ -51,6 +51,17 @@ def test_stage_by_itself(fields, message, small_model):
     )
 
 
+def test_groups_that_do_not_divide_the_inputs(small_model):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 48}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    refused(
+        small_model,
+        SliderQuantModifier(ignore=["lm_head"], config_groups=groups),
+        "Groups of 48 do not divide .*q_proj .*Groups of 128, 64, 32, 16 divide all",
+        dataset=calibration_set(small_model, 2),
+    )
+
+
 def test_no_calibration_data(small_model):
     refused(small_model, SliderQuantModifier(**SLIDER), "needs calibration data")
 
