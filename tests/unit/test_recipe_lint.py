@@ -31,6 +31,7 @@ pytestmark = pytest.mark.unit
 FINDERS = (
     "host/checks",
     "host/model_check",
+    "host/group_sizes",
     "host/other_formats",
     "host/recipe_fields",
     "host/recipe_lint",
