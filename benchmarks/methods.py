@@ -34,6 +34,7 @@ PAPER: dict[str, Any] = {
     "ratio": 0.5,
     "rounding_travel": 0,
     "channel_scales": True,
+    "smoothing_strength": 0.0,
     "low_rank_lr": 1e-4,
     "clipping_lr": 1e-2,
     "channel_scale_lr": 1e-3,

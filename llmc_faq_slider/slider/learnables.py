@@ -139,6 +139,29 @@ def searched_start(
     return best_share.clamp(max=1 - 1e-6), best_sign
 
 
+@torch.no_grad()
+def smoothing_start(
+    importance: Tensor, weights: list[Tensor], strength: float
+) -> Tensor:
+    """
+    Channel scales that share the spread of a linear's inputs with its weights, as
+    SmoothQuant does (arXiv 2211.10438, eq. 4), with root mean squares for maxima.
+
+    :param importance: mean square of each input channel ``[in]``
+    :param weights: of the linears that read the inputs, ``[out, in]`` each
+    :param strength: 0 for scales of one, 1 for inputs of one size
+    :return: fp32 ``[in]``, geometric mean one
+    """
+    if not strength:
+        return torch.ones_like(importance)
+    largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    scale = importance.sqrt().pow(strength) / largest.pow(1 - strength)
+    usable = torch.isfinite(scale) & (scale > 0)
+    scale = torch.where(usable, scale, 1.0).log()
+    scale = torch.where(usable, scale - scale[usable].mean(), 0.0).exp()
+    return scale.clamp(MIN_CHANNEL_SCALE, 1 / MIN_CHANNEL_SCALE)
+
+
 class ChannelScale:
     """
     Scale per channel between a producing and a consuming linear, v→o or up→down.
@@ -147,30 +170,30 @@ class ChannelScale:
     leaves the full-precision function unchanged. Query heads that share a value head
     share its scales, since all of them read the same rows of the producer.
 
-    :param channels: output channels of the producer
+    :param start: where the scales start, fp32 ``[channels]``, one per output channel
+        of the producer
     :param head_dim: channels per head for v→o; None for up→down
     :param repeats: query heads per value head
     """
 
     kind: Kind = "channel_scale"
 
-    def __init__(
-        self, channels: int, device: torch.device, head_dim: int | None, repeats: int
-    ):
-        self.scale = torch.ones(channels, device=device).requires_grad_()
+    def __init__(self, start: Tensor, head_dim: int | None, repeats: int):
+        self.start = start
+        self.factor = torch.ones_like(start).requires_grad_()
         self.head_dim = head_dim
         self.repeats = repeats
 
     def parameters(self) -> list[Tensor]:
-        return [self.scale]
+        return [self.factor]
 
     def divisor(self) -> Tensor:
         """What the producer's rows are divided by, ``[channels]``."""
-        return floored(self.scale)
+        return self.start * floored(self.factor)
 
     def multiplier(self) -> Tensor:
         """What the consumer's columns are multiplied by, ``[channels * repeats]``."""
-        scale = floored(self.scale)
+        scale = self.divisor()
         if self.head_dim is None:
             return scale
         heads = scale.unflatten(0, (-1, self.head_dim))
@@ -187,22 +210,27 @@ class NormChannelScale:
 
     :param stored: the norm's ``weight`` parameter ``[hidden]``
     :param offset: what the norm adds to its stored weight: 1 for Gemma, else 0
+    :param start: where the scales start, fp32 ``[hidden]``
     """
 
     kind: Kind = "channel_scale"
 
-    def __init__(self, stored: Tensor, offset: float):
+    def __init__(self, stored: Tensor, offset: float, start: Tensor):
         self.dtype = stored.dtype
         self.offset = offset
         self.gain = stored.detach().float() + offset
-        self.scale = torch.ones_like(self.gain).requires_grad_()
+        self.start = start
+        self.factor = torch.ones_like(start).requires_grad_()
 
     def parameters(self) -> list[Tensor]:
-        return [self.scale]
+        return [self.factor]
+
+    def scale(self) -> Tensor:
+        return self.start * floored(self.factor)
 
     def folded(self) -> Tensor:
         """The norm's new stored weight, fp32 values that its dtype can hold."""
-        divided = self.gain / floored(self.scale) - self.offset
+        divided = self.gain / self.scale() - self.offset
         return divided + (divided.to(self.dtype).float() - divided).detach()
 
     def multiplier(self) -> Tensor:
@@ -211,7 +239,7 @@ class NormChannelScale:
         # A channel whose gain is zero stays zero under every scale.
         usable = (gain.abs() > 0) & (self.gain.abs() > 0)
         return torch.where(
-            usable, self.gain / torch.where(usable, gain, 1.0), floored(self.scale)
+            usable, self.gain / torch.where(usable, gain, 1.0), self.scale()
         )
 
 

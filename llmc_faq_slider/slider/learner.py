@@ -111,6 +111,7 @@ def _student(
         quantizes_inputs(grids[index])
         if settings.channel_scales == "auto"
         else settings.channel_scales,
+        settings.smoothing_strength,
         torch.Generator().manual_seed(settings.seed + index),
     )
 

@@ -36,6 +36,8 @@ class LearningSettings:
         stage, in steps of the weight grid; 0 learns no offsets
     :param channel_scales: learn channel scales where they fold; ``auto`` does so in
         layers with quantised inputs
+    :param smoothing_strength: share of the spread of a linear's inputs that its channel
+        scales move into its weights at the start
     :param learning_rates: AdamW's first learning rate per kind of learnable; it decays
         linearly to zero within each window and stage
     :param compute_dtype: dtype of the student's matrix products
@@ -49,6 +51,7 @@ class LearningSettings:
     low_rank: int
     rounding_travel: float
     channel_scales: bool | Literal["auto"]
+    smoothing_strength: float | Literal["auto"]
     learning_rates: dict[Kind, float]
     compute_dtype: torch.dtype
     seed: int

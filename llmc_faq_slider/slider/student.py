@@ -10,7 +10,7 @@ is the full-precision teacher.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from llmc_faq_slider.slider.learnables import (
     LowRank,
     NormChannelScale,
     RoundingOffset,
+    smoothing_start,
 )
 from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
@@ -36,6 +37,7 @@ __all__ = [
     "StudentLayer",
 ]
 
+FEW_BITS_STRENGTH = 0.7
 Learnable = RoundingOffset | LowRank | Clipping | ChannelScale | NormChannelScale
 
 
@@ -88,9 +90,17 @@ class StudentLinear:
         self.bias = None if module.bias is None else module.bias.detach().float()
         self.low_rank = LowRank(self.weight, rank, generator) if rank else None
         self.rounding = RoundingOffset(self.weight) if rounding else None
-        self.clipping = Clipping(self.weight, grids.weight, importance)
+        self.importance = importance
         self.input_scale: ChannelScale | NormChannelScale | None = None
         self.output_scale: ChannelScale | None = None
+
+    @torch.no_grad()
+    def start_clipping(self) -> None:
+        """To be called when the channel scales are there."""
+        importance = self.importance
+        if self.input_scale is not None:
+            importance = importance / self.input_scale.multiplier().square()
+        self.clipping = Clipping(self.folded()[0], self.grids.weight, importance)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """
@@ -128,6 +138,8 @@ class StudentLayer:
     :param rank: rank of the low-rank update; 0 leaves it out
     :param rounding: learn an offset per weight before rounding
     :param channel_scales: learn channel scales at the places where they fold
+    :param smoothing_strength: where they start, see :func:`smoothing_start`; ``auto``
+        is :data:`FEW_BITS_STRENGTH` for inputs below 8 bits, else 0
     :param generator: seeds the low-rank update
     """
 
@@ -139,6 +151,7 @@ class StudentLayer:
         rank: int,
         rounding: bool,
         channel_scales: bool,
+        smoothing_strength: float | Literal["auto"],
         generator: torch.Generator,
     ):
         self.layer = layer
@@ -157,10 +170,19 @@ class StudentLayer:
         self.channel_scales: list[ChannelScale] = []
         if channel_scales:
             for place in fold_places(layer, set(grids)):
-                self._add_scale(place)
+                self._add_scale(place, smoothing_strength)
+        for linear in self.linears.values():
+            linear.start_clipping()
 
-    def _add_scale(self, place: Place) -> None:
+    def _add_scale(self, place: Place, strength: float | Literal["auto"]) -> None:
         scale: ChannelScale | NormChannelScale
+        consumers = [self.linears[name] for name in place.consumers]
+        importance = consumers[0].importance
+        weights = [consumer.weight for consumer in consumers]
+        if strength == "auto":
+            grid = consumers[0].grids.input
+            few_bits = grid is not None and grid.num_bits < 8
+            strength = FEW_BITS_STRENGTH if few_bits else 0.0
         if place.source_is_norm:
             norm = self.layer.get_submodule(place.source)
             offset = norm_offset(norm)
@@ -168,20 +190,22 @@ class StudentLayer:
                 return
             assert isinstance(norm.weight, Tensor)
             scale = self.norm_scales[place.source] = NormChannelScale(
-                norm.weight, offset
+                norm.weight, offset, smoothing_start(importance, weights, strength)
             )
         else:
             producer = self.linears[place.source]
-            consumer = self.linears[place.consumers[0]]
-            channels, inputs = producer.weight.shape[0], consumer.weight.shape[1]
+            repeats = len(importance) // len(producer.weight)
             head_dim = None
             if place.source.endswith("v_proj"):
                 head_dim = self.layer.get_submodule("self_attn").head_dim
+                # Query heads that share a value head share its scales.
+                heads = (-1, repeats, head_dim)
+                importance = importance.unflatten(0, heads).mean(1).flatten()
+                weights = [weights[0].unflatten(1, heads).abs().amax(2).flatten(1)]
             scale = ChannelScale(
-                channels,
-                producer.weight.device,
+                smoothing_start(importance, weights, strength),
                 head_dim,  # type: ignore[arg-type]
-                inputs // channels,
+                repeats,
             )
             producer.output_scale = scale
             self.channel_scales.append(scale)

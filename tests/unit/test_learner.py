@@ -47,6 +47,7 @@ def settings(**changes):
         low_rank=2,
         rounding_travel=0.2,
         channel_scales=True,
+        smoothing_strength=0.5,
         learning_rates={"low_rank": 1e-3, "clipping": 1e-2, "channel_scale": 1e-3},
         compute_dtype=torch.float32,
         seed=0,

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from llmc_faq_slider.slider.learnables import smoothing_start
 from llmc_faq_slider.slider.places import fold_places, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import capture_decoder
@@ -62,14 +63,18 @@ def random_model(name):
     return model
 
 
-def student_of(layer, weight_grid, input_grid=None, rank=4, rounding=True):
+def student_of(
+    layer, weight_grid, input_grid=None, rank=4, rounding=True, strength=0.5
+):
     grids = {name: LinearGrids(weight_grid, input_grid) for name in LINEARS}
     importance = {
         name: torch.rand(layer.get_submodule(name).in_features) + 0.1
         for name in LINEARS
     }
     generator = torch.Generator().manual_seed(1)
-    return StudentLayer(layer, grids, importance, rank, rounding, True, generator)
+    return StudentLayer(
+        layer, grids, importance, rank, rounding, True, strength, generator
+    )
 
 
 @torch.no_grad()
@@ -232,3 +237,41 @@ def test_norms_that_hold_no_plain_gain_get_no_scale():
     assert norm_offset(nn.Identity()) is None
     assert norm_offset(random_model("llama").model.layers[0].input_layernorm) == 0.0
     assert norm_offset(random_model("gemma3").model.layers[0].input_layernorm) == 1.0
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_smoothing_shares_the_spread_of_the_inputs(strength):
+    spread = torch.linspace(-3, 3, 32).exp()
+    weight = torch.full((8, 32), 0.1)
+    start = smoothing_start(spread.square(), [weight], strength)
+    assert start.log().mean().abs() < 1e-5
+    torch.testing.assert_close(start, spread.pow(strength))
+
+
+def test_silent_channels_start_at_one():
+    importance = torch.tensor([0.0, 1.0, 4.0])
+    weight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    start = smoothing_start(importance, [weight], 0.5)
+    assert torch.isfinite(start).all() and start[0] == 1 and start[2] == 1
+
+
+def test_clipping_starts_on_the_smoothed_weights():
+    layer = random_model("qwen3").model.layers[0]
+    grid = WeightGrid(4, True, 16, torch.float32)
+    for name, linear in student_of(layer, grid).linears.items():
+        with torch.no_grad():
+            weight, _ = linear.folded()
+            scale, _ = linear.clipping.apply(weight)
+        largest = grid.grouped(weight).abs().amax(-1)
+        assert (scale.abs() <= largest / 7.5 * 1.001).all(), name
+        assert (scale.abs() >= largest / 7.5 * 0.39).all(), name
+
+
+@pytest.mark.parametrize(("bits", "smoothed"), [(4, True), (8, False)])
+def test_only_inputs_of_few_bits_are_smoothed_by_themselves(bits, smoothed):
+    layer = random_model("qwen3").model.layers[0]
+    grid = WeightGrid(4, True, 16, torch.float32)
+    student = student_of(layer, grid, ActivationGrid(bits), strength="auto")
+    scales = [*student.norm_scales.values(), *student.channel_scales]
+    assert len(scales) == 4
+    assert all((scale.start != 1).any() == smoothed for scale in scales)
