@@ -29,14 +29,14 @@ from llmc_faq_slider.slider.closing_state import (
 )
 from llmc_faq_slider.slider.head import OutputHead, divergences
 from llmc_faq_slider.slider.interruption import StopRequest
-from llmc_faq_slider.slider.loss import CountedTokens, judged_rows
+from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import RowLimit
 from llmc_faq_slider.slider.optimizer import linear_decay
+from llmc_faq_slider.slider.row_losses import accumulate_gradients, judge
 from llmc_faq_slider.slider.stream import (
     DecoderCalls,
     epoch_batches,
     replaced_forwards,
-    row_batches,
 )
 from llmc_faq_slider.slider.student import QuantizedInputs
 from llmc_faq_slider.slider.tuned_linear import TunedLinear
@@ -141,26 +141,18 @@ class _ScaleTuning:
         scaler: torch.amp.GradScaler,
     ) -> float:
         """One optimiser step on the mean divergence of a batch's tokens that count."""
-        total = self.tokens.count(rows)
-        if not total:
+        if not self.tokens.count(rows):
             # Without gradients it changes nothing, but the schedule waits for it.
             optimizer.step()
             return 0.0
-
-        def gradients() -> float:
-            loss = 0.0
-            for piece in self.limit.pieces(rows):
-                if share := self.tokens.count(piece) / total:
-                    part = self._divergence(piece) * share
-                    scaler.scale(part).backward()
-                    loss += part.item()
-            return loss
-
-        loss = self.limit.run(gradients, optimizer.zero_grad)
+        clear = optimizer.zero_grad
+        loss = accumulate_gradients(
+            self._divergence, rows, self.tokens, self.limit, scaler, clear
+        )
         if isfinite(loss):
             scaler.step(optimizer)
             scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        clear()
         return loss
 
     def _divergence(self, rows: list[int]) -> Tensor:
@@ -172,20 +164,8 @@ class _ScaleTuning:
             state = checkpoint(self.calls.run, index, state, use_reentrant=False)
         return divergences(self.head, state, target, mask).mean()
 
-    @torch.no_grad()
     def judge(self) -> float:
-        """Mean divergence of the tokens that count in :func:`judged_rows`."""
-        tokens = self.tokens
-        judged = judged_rows(tokens)
-
-        def loss() -> float:
-            found = row_batches(tokens.lengths, self.limit.rows, judged)
-            total = sum(
-                self._divergence(rows).item() * tokens.count(rows) for rows in found
-            )
-            return total / tokens.count(judged)
-
-        return self.limit.run(loss)
+        return judge(self._divergence, self.tokens, self.limit)
 
     @torch.no_grad()
     def reset(self) -> None:

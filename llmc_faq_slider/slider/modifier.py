@@ -46,11 +46,16 @@ from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
 from llmc_faq_slider.slider.checkpoint import open_checkpoint
-from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
+from llmc_faq_slider.slider.closing import (
+    ClosingResult,
+    ClosingSettings,
+    tune_scales,
+)
 from llmc_faq_slider.slider.end_windows import end_windows
 from llmc_faq_slider.slider.head import OutputHead
 from llmc_faq_slider.slider.interruption import stop_on_signals
 from llmc_faq_slider.slider.learner import (
+    Learned,
     LearningSettings,
     WindowResult,
     learn_windows,
@@ -249,8 +254,45 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         tokens = self._tokens(rows, masks)
         layers = targeted_layers(model, self, self._sequential_targets)
         commits = LayerCommits(layers, self.closing_epochs > 0)
+        with unquantized(model):
+            learned, closing = self._learn(model, layers, commits, rows, tokens)
+        self._outcome = Outcome(
+            len(rows),
+            sum(tokens.lengths),
+            learned.windows,
+            closing,
+            remarks(learned.windows, closing),
+        )
+        dtype = learned.outputs[0].dtype
+        self._outcome.warnings += conclude(
+            [
+                *check_committed(layers.linears, commits.names()),
+                *check_finite(model),
+                *check_losses(learned.windows),
+                *check_folds(learned.fold_errors, layers.names, dtype),
+                *check_seen(learned.unseen, layers.names),
+            ],
+            self.strict,
+        )
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.end_calibration(state.model)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        make_recipe_loadable()
+        return True
+
+    def _learn(
+        self,
+        model: nn.Module,
+        layers: TargetedLayers,
+        commits: LayerCommits,
+        rows: list[Tensor],
+        tokens: CountedTokens,
+    ) -> tuple[Learned, ClosingResult | None]:
+        """Windows, then the closing pass; both commit what they learn."""
         device = get_main_device()
-        with unquantized(model), ExitStack() as stack:
+        with ExitStack() as stack:
             hidden, calls = capture_decoder(model, layers.modules, rows, device)
             windows = self._windows(model, layers, rows, device)
             limit = row_limit(
@@ -299,31 +341,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             if stop is not None and stop.requested:
                 logger.warning("SliderQuant: stopped; this stage is done and saved.")
                 raise stop.exit()
-        self._outcome = Outcome(
-            len(rows),
-            sum(tokens.lengths),
-            learned.windows,
-            closing,
-            remarks(learned.windows, closing),
-        )
-        dtype = hidden[0].dtype
-        self._outcome.warnings += conclude(
-            [
-                *check_committed(layers.linears, commits.names()),
-                *check_finite(model),
-                *check_losses(learned.windows),
-                *check_folds(learned.fold_errors, layers.names, dtype),
-                *check_seen(learned.unseen, layers.names),
-            ],
-            self.strict,
-        )
-
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self.end_calibration(state.model)
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        make_recipe_loadable()
-        return True
+        return learned, closing
 
     def _tokens(self, rows: list[Tensor], masks: list[Tensor | None]) -> CountedTokens:
         if self.loss_on_responses:

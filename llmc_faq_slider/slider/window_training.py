@@ -21,14 +21,15 @@ from llmc_faq_slider.slider.learning_state import (
     Unfinished,
     WindowResult,
 )
-from llmc_faq_slider.slider.loss import judged_rows, output_loss
+from llmc_faq_slider.slider.loss import output_loss
 from llmc_faq_slider.slider.optimizer import (
     linear_decay,
     optimizer_tensors,
     restore_optimizer,
     student_optimizers,
 )
-from llmc_faq_slider.slider.stream import epoch_batches, row_batches
+from llmc_faq_slider.slider.row_losses import accumulate_gradients, judge
+from llmc_faq_slider.slider.stream import epoch_batches
 from llmc_faq_slider.slider.windows import Window
 
 __all__ = ["learn_window"]
@@ -141,24 +142,19 @@ class _Training:
                 optimizer.zero_grad(set_to_none=True)
 
         tokens = self.decoder.tokens
-        total = tokens.count(batch)
-        if not total:
+        if not tokens.count(batch):
             # Without gradients it changes nothing, but schedules wait for it.
             for optimizer in optimizers:
                 optimizer.step()
             return 0.0
-
-        def gradients() -> float:
-            loss = 0.0
-            for piece in self.decoder.limit.pieces(batch):
-                share = tokens.count(piece) / total
-                if share:
-                    part = self.piece_loss(piece, ratio) * share
-                    scaler.scale(part).backward()
-                    loss += part.item()
-            return loss
-
-        loss = self.decoder.limit.run(gradients, clear)
+        loss = accumulate_gradients(
+            lambda rows: self._row_loss(rows, ratio),
+            batch,
+            tokens,
+            self.decoder.limit,
+            scaler,
+            clear,
+        )
         if not math.isfinite(loss):
             clear()
             raise _NotFinite
@@ -168,8 +164,8 @@ class _Training:
         clear()
         return loss
 
-    def piece_loss(self, rows: list[int], ratio: float) -> Tensor:
-        """Loss of rows of one length, with gradients where they are enabled."""
+    def _row_loss(self, rows: list[int], ratio: float) -> Tensor:
+        """Mean over the tokens that count in rows of one length."""
         decoder, window = self.decoder, self.window
         hidden = decoder.batch(decoder.quantized, rows)
         target = decoder.batch(self.targets, rows)
@@ -178,20 +174,11 @@ class _Training:
             output = decoder.calls.run_span(window.layers, hidden)
             return output_loss(output, target, mask)
 
-    @torch.no_grad()
     def judge(self, ratio: float) -> float:
-        """Mean loss of the tokens that count in :func:`judged_rows`."""
         decoder = self.decoder
-        order = judged_rows(decoder.tokens)
-
-        def loss() -> float:
-            total = 0.0
-            for rows in row_batches(decoder.lengths, decoder.limit.rows, order):
-                count = decoder.tokens.count(rows)
-                total += self.piece_loss(rows, ratio).double().item() * count
-            return total / decoder.tokens.count(order)
-
-        return decoder.limit.run(loss)
+        return judge(
+            lambda rows: self._row_loss(rows, ratio), decoder.tokens, decoder.limit
+        )
 
     def _unfinished(
         self,
