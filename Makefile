@@ -64,7 +64,7 @@ upstream: $(VENV)/.ready ## llm-compressor's own tests with this package importe
 chaos: $(VENV)/.ready ## 50 runs killed at random moments, then compared [CHAOS_ARGS=...]
 	$(BIN)/python tests/chaos.py --kills 50 $(CHAOS_ARGS)
 
-bench-faq: $(VENV)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
+bench-faq: $(VENV)/.ready $(SERVE)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)
 
 bench-serve: $(VENV)/.ready $(SERVE)/.ready ## vLLM: bf16 and our formats [BENCH_ARGS=...]

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,6 +40,7 @@ from transformers import (
 )
 
 from benchmarks.methods import config_groups
+from benchmarks.served import SERVE_ENV
 from llmc_faq_slider import SliderQuantModifier, oneshot
 from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
 from llmc_faq_slider.faq.options import FAQOptions
@@ -49,12 +51,16 @@ from llmc_faq_slider.faq.sampling import sample_batch
 from llmc_faq_slider.faq.seeds import Seed, shipped_seeds
 from llmc_faq_slider.faq.settings import Sampling
 from llmc_faq_slider.faq.store import Store
+from llmc_faq_slider.report.server import Server, serve
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
 #: selectors of the arms whose candidates a generator writes
-SELECTORS = ("expert_nll", "typical", "target_nll", "longest", "random")
+SELECTORS = (
+    *("expert_nll", "typical", "target_nll"),
+    *("expert_judge", "longest", "random"),
+)
 PASSAGE_WORDS = 120
 SEEDS = (0, 1, 2)
 
@@ -76,23 +82,25 @@ class Family:
 
 
 def families(smollm2: str) -> dict[str, Family]:
-    arms = ("raw", "raw_chat", "self", "family")
-    arms += tuple(f"family:{name}" for name in SELECTORS if name != "expert_nll")
+    own = ("raw", "raw_chat", "self")
+    others = [name for name in SELECTORS if name != "expert_nll"]
+    methods = ("rtn_w3a16", "gptq_w4a16", "gptq_w3a16", "slider_w4a8")
     tests = Family(
         "tests",
         str(TESTS / "models" / "small"),
         str(TESTS / "models" / "large"),
         *(32, 256, 96, 4, 48),
-        ("rtn_w3a16", "gptq_w4a16", "gptq_w3a16", "slider_w4a8"),
-        arms,
+        methods,
+        (*own, "family", *(f"family:{name}" for name in others)),
     )
     smol = Family(
         "smollm2",
         smollm2,
         None,
         *(16, 256, 128, 3, 12),
-        ("rtn_w3a16", "gptq_w3a16"),
-        ("raw", "raw_chat", "self", "self:random"),
+        methods,
+        # The target is its own expert here, which makes target_nll the same as self.
+        (*own, *(f"self:{name}" for name in others if name != "target_nll")),
     )
     return {family.name: family for family in (tests, smol)}
 
@@ -150,9 +158,10 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
     generator = family.sibling if kind == "family" else "self"
     if generator is None:
         raise typer.BadParameter(f"{family.name} has no larger sibling here")
+    selector = selector or "expert_nll"
     options = FAQOptions(
         generator=generator,
-        selector=selector or "expert_nll",
+        selector=selector,
         num_candidates=family.candidates,
         num_samples=family.rows,
         sequence_length=family.length,
@@ -166,9 +175,20 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
     target = stored_target(family.target)
     source = generator_source(options, target, private=False)
     settings = options.settings(target.config, source)
-    judges = experts(options, target, source, private=False)
-    found = regenerate(passages(), tokenizer, source, settings, Store(folder), judges)
+    model = family.target if generator == "self" else generator
+    with ExitStack() as stack:
+        if selector == "expert_judge":
+            server = stack.enter_context(judge(model, folder / "judge.log"))
+            options = options.model_copy(update={"expert": f"{server.url}/v1"})
+        asked = experts(options, target, source, private=False)
+        store = Store(folder)
+        found = regenerate(passages(), tokenizer, source, settings, store, asked)
     return found.input_ids
+
+
+def judge(model: str, log: Path) -> AbstractContextManager[Server]:
+    """The generator behind vLLM, which can hold a weak model to the form of grades."""
+    return serve(Path(model), SERVE_ENV, log, max_model_len=2048, timeout=900)
 
 
 def held_out(family: Family, model: PreTrainedModel) -> list[Sample]:
