@@ -1,0 +1,6 @@
+"""Benchmarks; they share modules with the scripts, which are run as files."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

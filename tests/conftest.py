@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -79,3 +80,9 @@ def small_model() -> Path:
 def large_model() -> Path:
     """The larger sibling, with the same tokenizer."""
     return TESTS / "models" / "large"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small_model: Path) -> PreTrainedTokenizerBase:
+    """The family's; not to be changed."""
+    return AutoTokenizer.from_pretrained(small_model)

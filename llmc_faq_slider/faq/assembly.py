@@ -1,9 +1,10 @@
-"""From options to what :func:`regenerate` is called with; nothing is loaded yet."""
+"""From options to what :func:`regenerate` is called with, and the call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -35,8 +36,17 @@ from llmc_faq_slider.faq.grading import Experts
 from llmc_faq_slider.faq.identity import model_fingerprint
 from llmc_faq_slider.faq.loading import open_model
 from llmc_faq_slider.faq.options import FAQOptions
+from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import template_text
-from llmc_faq_slider.faq.seeds import Seed, load_mixture, load_seeds, shipped_seeds
+from llmc_faq_slider.faq.seeds import (
+    Seed,
+    load_mixture,
+    load_seeds,
+    seeds_from_rows,
+    shipped_seeds,
+)
+from llmc_faq_slider.faq.settings import Settings
+from llmc_faq_slider.faq.store import CalibrationSet, Store
 
 SHIPPED = "shipped"
 
@@ -109,6 +119,42 @@ def stored_target(name: str) -> Target:
         size=size,
         fingerprint=lambda: model_fingerprint(name),
         open=opened,
+    )
+
+
+def assemble(
+    options: FAQOptions, target: Target, rows: Any = None
+) -> tuple[list[Seed], GeneratorSource, Settings, bool]:
+    """Seeds, generator, settings, and whether the seeds are the user's own.
+
+    :param rows: loader of the data set given to oneshot, the seeds if the options name
+        none
+    :raises ValueError: for unusable seeds or options that cannot be followed
+    """
+    given = rows is not None and options.seeds is None
+    private = given or options.seeds not in (None, SHIPPED)
+    source = generator_source(options, target, private)
+    settings = options.settings(target.config, source)
+    if given:
+        return seeds_from_rows(rows, target.tokenizer), source, settings, private
+    return read_seeds(options), source, settings, private
+
+
+def produce(options: FAQOptions, target: Target, rows: Any = None) -> CalibrationSet:
+    """Regenerate the data that the options describe; see :func:`assemble`.
+
+    :raises RegenerationError: when too few answers are valid
+    :raises FolderBusyError: while another process makes the same candidates
+    """
+    seeds, source, settings, private = assemble(options, target, rows)
+    return regenerate(
+        seeds,
+        target.tokenizer,
+        source,
+        settings,
+        Store(options.store_folder()),
+        experts(options, target, source, private),
+        read_evaluation(options),
     )
 
 

@@ -5,19 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from llmc_faq_slider.faq.assembly import (
-    SHIPPED,
-    experts,
-    generator_source,
-    read_evaluation,
-    read_seeds,
-    stored_target,
-)
+from llmc_faq_slider.faq.assembly import assemble, produce, stored_target
 from llmc_faq_slider.faq.export import export
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.faq.plan import PILOT, Plan, plan
-from llmc_faq_slider.faq.regenerate import regenerate
-from llmc_faq_slider.faq.store import CalibrationSet, Store
+from llmc_faq_slider.faq.store import CalibrationSet
 
 
 def regenerate_to(
@@ -32,22 +24,11 @@ def regenerate_to(
     :raises RuntimeError: when the generator yields too little or cannot be used
     """
     target = stored_target(model)
-    private = options.seeds not in (None, SHIPPED)
-    source = generator_source(options, target, private)
-    settings = options.settings(target.config, source)
-    seeds = read_seeds(options)
     if dry_run:
+        seeds, source, settings, _ = assemble(options, target)
         console.print(_table(plan(seeds, target.tokenizer, source, settings)))
         return None
-    found = regenerate(
-        seeds,
-        target.tokenizer,
-        source,
-        settings,
-        Store(options.store_folder()),
-        experts(options, target, source, private),
-        read_evaluation(options),
-    )
+    found = produce(options, target)
     export(found, output)
     rows, length = found.input_ids.shape
     counts = found.manifest["counts"]

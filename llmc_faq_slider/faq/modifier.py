@@ -9,19 +9,9 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmc_faq_slider.faq.assembly import (
-    Target,
-    experts,
-    generator_source,
-    load_tokenizer,
-    read_evaluation,
-    read_seeds,
-)
+from llmc_faq_slider.faq.assembly import Target, load_tokenizer, produce
 from llmc_faq_slider.faq.identity import weights_fingerprint
 from llmc_faq_slider.faq.options import FAQOptions
-from llmc_faq_slider.faq.regenerate import regenerate
-from llmc_faq_slider.faq.seeds import seeds_from_rows
-from llmc_faq_slider.faq.store import Store
 from llmc_faq_slider.host.calibration_data import (
     Handoff,
     count_weights,
@@ -104,24 +94,8 @@ class FAQModifier(FAQOptions, Modifier):
         :raises FolderBusyError: while another process makes the same candidates
         """
         assert self._handoff is not None
-        target = _target(state.model)
-        given = self.seeds is None and self._handoff.given
-        private = given or self.seeds not in (None, "shipped")
-        source = generator_source(self, target, private)
-        settings = self.settings(state.model.config, source)
-        if given:
-            seeds = seeds_from_rows(self._handoff.loader, target.tokenizer)
-        else:
-            seeds = read_seeds(self)
-        result = regenerate(
-            seeds,
-            target.tokenizer,
-            source,
-            settings,
-            Store(self.store_folder()),
-            experts(self, target, source, private),
-            read_evaluation(self),
-        )
+        rows = self._handoff.loader if self._handoff.given else None
+        result = produce(self, _target(state.model), rows)
         self._report = {
             "dataset": result.folder.name,
             "rows": len(result.input_ids),

@@ -15,6 +15,8 @@ from llmc_faq_slider.files import writing
 
 #: the field that holds the checksum of all the others
 SEAL = "checksum"
+#: where the files of the stage cannot be written
+REMEDY = "give the data stage another `cache_dir`."
 _DIGITS = 16
 R = TypeVar("R")
 
@@ -71,14 +73,13 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
             raise _spoilt(path, number, error) from error
 
 
-def append_record(path: Path, record: Mapping[str, Any], remedy: str) -> None:
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record and wait until it is on disk.
 
-    :param remedy: how to have it written elsewhere, a sentence
     :raises FolderError: when it cannot be written
     """
     line = json.dumps(seal(record)).encode() + b"\n"
-    with writing(path.parent, remedy), path.open("ab") as file:
+    with writing(path.parent, REMEDY), path.open("ab") as file:
         size = file.tell()
         try:
             # one write, so that a kill leaves at most one incomplete line, at the end

@@ -19,7 +19,7 @@ from llmc_faq_slider.faq.endpoint import (
     RequestRefused,
 )
 from llmc_faq_slider.faq.identity import encoding_probe, tokenizer_hash
-from llmc_faq_slider.faq.records import seal, unseal
+from llmc_faq_slider.faq.records import REMEDY, seal, unseal
 from llmc_faq_slider.faq.rendering import encode, prompt_text, template_text
 from llmc_faq_slider.faq.replies import (
     ChatReply,
@@ -166,7 +166,7 @@ def remember(
 ) -> None:
     path = _path(folder, address, served.model, target)
     text = json.dumps(seal(served.model_dump()), indent=2) + "\n"
-    with writing(path.parent, "give the data stage another `cache_dir`."):
+    with writing(path.parent, REMEDY):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(text, encoding="utf-8")

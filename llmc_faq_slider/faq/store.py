@@ -21,6 +21,7 @@ from pydantic import ConfigDict, with_config
 from safetensors.torch import load, save
 
 from llmc_faq_slider.faq.records import (
+    REMEDY,
     BrokenSeal,
     append_record,
     read_records,
@@ -33,9 +34,6 @@ _KEY_DIGITS = 16
 DATA = "calibration.safetensors"
 MESSAGES = "messages.jsonl"
 MANIFEST = "manifest.json"
-
-
-_REMEDY = "give the data stage another `cache_dir`."
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -111,7 +109,7 @@ class CandidateLog:
         """Write a candidate, unless it is known, and wait until it is on disk."""
         key = candidate.prompt_id, candidate.index
         if key not in self._known:
-            append_record(self._path, asdict(candidate), _REMEDY)
+            append_record(self._path, asdict(candidate))
             self._known[key] = candidate
 
     def note(self, candidate: Candidate) -> None:
@@ -133,7 +131,7 @@ class ScoreLog:
 
     def append(self, of: str, scores: list[float]) -> None:
         """Write scores and wait until they are on disk. An empty list is a failure."""
-        append_record(self._path, asdict(_Scores(of, scores)), _REMEDY)
+        append_record(self._path, asdict(_Scores(of, scores)))
         self._known[of] = scores
 
 
@@ -149,12 +147,12 @@ class Store:
         :raises FolderBusyError: while another process has them
         :raises FolderError: if the folder cannot be written to
         """
-        return exclusive(self._candidate_folder(key), _REMEDY)
+        return exclusive(self._candidate_folder(key), REMEDY)
 
     def candidates(self, key: str, settings: Mapping[str, Any]) -> CandidateLog:
         """The log of one key; ``settings`` are written beside it for readers."""
         folder = self._candidate_folder(key)
-        with writing(folder, _REMEDY):
+        with writing(folder, REMEDY):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "settings.json", settings)
         return CandidateLog(folder / "candidates.jsonl")
@@ -197,7 +195,7 @@ class Store:
         }
         hashes = {name: hashlib.sha256(b).hexdigest() for name, b in files.items()}
         full = seal({**manifest, "key": key, "sha256": hashes})
-        with writing(folder, _REMEDY):
+        with writing(folder, REMEDY):
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 part = folder / (name + ".part")

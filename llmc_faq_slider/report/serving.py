@@ -6,7 +6,7 @@ compressed-tensors; ``host.declared`` makes it from a recipe.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -327,9 +327,3 @@ def _computes(row: Mapping[str, Any], group: Group) -> str:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
-
-
-def oldest_release(servings: Iterable[Serving]) -> str | None:
-    """The release from which all of them hold."""
-    versions = [serving.since for serving in servings if serving.since]
-    return max(versions, key=_release, default=None)

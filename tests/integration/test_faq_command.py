@@ -14,7 +14,7 @@ from datasets import load_dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file
 from scripted_server import scripted_server
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmc_faq_slider import oneshot
@@ -33,11 +33,6 @@ FIELDS = {
     "max_similarity": 1.0,
     "max_fallback_fraction": 1.0,
 }
-
-
-@pytest.fixture
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 from generated import cases, damage
 from hypothesis import strategies as st
 from scripted_server import scripted_server
-from transformers import AutoTokenizer
 
 from llmc_faq_slider.faq.endpoint import Address, EndpointError, InvalidReply
 from llmc_faq_slider.faq.endpoint_generator import endpoint_source
@@ -120,11 +119,6 @@ def test_a_reply_is_what_the_protocol_says_or_invalid(content, kind) -> None:
                 assert len(prompt_logprobs(choice, [4, 5])) == 1
             except InvalidReply:
                 pass
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 @pytest.fixture(scope="module")

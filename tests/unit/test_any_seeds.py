@@ -8,7 +8,6 @@ import pytest
 from datasets import Dataset
 from generated import cases, damage
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from llmc_faq_slider.faq.prompts import Wrapping, turns
 from llmc_faq_slider.faq.seeds import load_seeds, seed_texts
@@ -45,11 +44,6 @@ GOOD = "\n".join(
         {"text": "A passage of text."},
     )
 ).encode()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 def check(path: Path, tokenizer) -> None:

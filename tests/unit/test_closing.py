@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_learner import CPU, LINEARS, model, rows_of  # noqa: F401
+from learning import CPU, LINEARS, rows_of
 
 from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
@@ -38,7 +38,7 @@ def tuned_linears(layers, grid, input_grid=None):
     }
 
 
-def close(model, rows, grid, rate, input_grid=None):  # noqa: F811
+def close(model, rows, grid, rate, input_grid=None):
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows, CPU)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def close(model, rows, grid, rate, input_grid=None):  # noqa: F811
         WeightGrid(3, False, None, torch.bfloat16),
     ],
 )
-def test_codes_stand_and_the_divergence_falls(model, rows, grid):  # noqa: F811
+def test_codes_stand_and_the_divergence_falls(model, rows, grid):
     result, linears = close(model, rows, grid, 1e-2, ActivationGrid(8))
     assert not result.kept_start and result.loss < result.start_loss
     for linear in linears[0].values():
@@ -71,7 +71,7 @@ def test_codes_stand_and_the_divergence_falls(model, rows, grid):  # noqa: F811
         assert torch.equal(codes.round(), tuned.round())
 
 
-def test_scales_that_end_worse_are_put_back(model, rows):  # noqa: F811
+def test_scales_that_end_worse_are_put_back(model, rows):
     grid = WeightGrid(4, True, 16, torch.float32)
     result, linears = close(model, rows, grid, 30.0)
     assert result.kept_start
@@ -79,12 +79,12 @@ def test_scales_that_end_worse_are_put_back(model, rows):  # noqa: F811
         assert torch.equal(linear.fold().scale, linear.scale)
 
 
-def test_the_models_own_parameters_collect_no_gradients(model, rows):  # noqa: F811
+def test_the_models_own_parameters_collect_no_gradients(model, rows):
     close(model, rows, WeightGrid(4, True, 16, torch.float32), 1e-3)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_head_gives_the_models_own_log_probabilities(model, rows):  # noqa: F811
+def test_head_gives_the_models_own_log_probabilities(model, rows):
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows, CPU)
     head = OutputHead(model, calls, hidden[0])

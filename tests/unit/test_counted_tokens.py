@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_learner import CPU, LINEARS, model, rows_of, settings  # noqa: F401
+from learning import CPU, LINEARS, rows_of, settings
 
 from llmc_faq_slider.host.decoder import calibration_samples, counted_tokens
 from llmc_faq_slider.slider.head import OutputHead, divergences
@@ -53,7 +53,7 @@ def test_no_token_left_is_refused():
         counted_tokens(rows_of([4, 4]), [last(4, 0), last(4, 0)])
 
 
-def test_loss_is_the_mean_over_marked_tokens(model):  # noqa: F811
+def test_loss_is_the_mean_over_marked_tokens(model):
     output, target = torch.randn(2, 4, 32), torch.randn(2, 4, 32)
     mask = torch.cat([last(4, 1), last(4, 3)])
     errors = token_errors(output, target)
@@ -68,7 +68,7 @@ def test_loss_is_the_mean_over_marked_tokens(model):  # noqa: F811
     torch.testing.assert_close(found, alone)
 
 
-def learn(model, rows, tokens, batch_size):  # noqa: F811
+def learn(model, rows, tokens, batch_size):
     """Error of the whole student on marked tokens, after learning."""
     layers = list(model.model.layers)[:2]
     hidden, calls = capture_decoder(model, layers, rows, CPU)
@@ -85,7 +85,7 @@ def learn(model, rows, tokens, batch_size):  # noqa: F811
     ).windows[0]
 
 
-def test_learning_serves_the_marked_tokens(model):  # noqa: F811
+def test_learning_serves_the_marked_tokens(model):
     rows = rows_of([32] * 8)
     masks = CountedTokens([32] * 8, [last(32, 3)] * 8)
     marked = learn(model, rows, masks, 4)
@@ -94,7 +94,7 @@ def test_learning_serves_the_marked_tokens(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_rows_whose_mask_is_zero_do_no_harm(model, batch_size):  # noqa: F811
+def test_rows_whose_mask_is_zero_do_no_harm(model, batch_size):
     masks = [last(16, 4) if i % 2 else last(16, 0) for i in range(8)]
     result = learn(model, rows_of([16] * 8), CountedTokens([16] * 8, masks), batch_size)
     assert result.loss < result.start_loss and result.retries == 0

@@ -8,34 +8,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from scribe import SETTINGS as SCRIPTED
+from scribe import Scribe, source
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_faq_slider.faq import judging
 from llmc_faq_slider.faq.competition import RegenerationError
 from llmc_faq_slider.faq.experts import ExpertSource, TransformersExpert, loaded_expert
 from llmc_faq_slider.faq.gates import GATES
-from llmc_faq_slider.faq.generators import GeneratorSource, sibling_source
+from llmc_faq_slider.faq.generators import sibling_source
 from llmc_faq_slider.faq.grading import Experts
 from llmc_faq_slider.faq.identity import FamilyError
 from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import end_of_turn_id
 from llmc_faq_slider.faq.sampling import Draw
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.settings import GateLimits, Sampling, Settings
+from llmc_faq_slider.faq.settings import GateLimits
 from llmc_faq_slider.faq.store import Store
 
 pytestmark = pytest.mark.unit
 
-SETTINGS = Settings(
-    num_candidates=2,
-    num_samples=4,
-    sequence_length=64,
-    sampling=Sampling(1.0, 1.0, 0, 40),
-    batch_size=4,
-    gates=GateLimits(min_response_tokens=4),
-    retries=0,
-    chain_of_thought=False,
-)
+SETTINGS = replace(SCRIPTED, chain_of_thought=False)
 CHATS = [
     Seed(
         "messages",
@@ -52,51 +45,22 @@ CHATS = [
 PROMPTS = [Seed("prompt", text=f"question {i}") for i in range(10)]
 
 
-class Scribe:
-    """Writes what the test says for each request; keeps the requests."""
-
-    def __init__(self, end_id, write=None):
-        self.end_id, self.write = end_id, write or self.random
-        self.requests = []
-        self.limits = []
-
-    def random(self, request):
-        draw = random.Random(request.seed)
-        ids = [draw.randrange(300, 2000) for _ in range(20)]
-        return Draw([*ids, self.end_id], True, [-draw.random()] * 21)
-
-    def answer(self, requests, sampling, on_step, on_draw):
-        self.requests += requests
-        self.limits.append(sampling.max_new_tokens)
-        for position, request in enumerate(requests):
-            on_draw(position, self.write(request))
-
-    @contextmanager
-    def open(self):
-        yield self
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
-
-
 @pytest.fixture
 def scribe(tokenizer):
-    return Scribe(end_of_turn_id(tokenizer))
+    return Scribe(end_of_turn_id(tokenizer), 20)
 
 
-def run(tokenizer, scribe, folder, settings=SETTINGS, seeds=PROMPTS, **more):
-    source = GeneratorSource(
-        identity={"kind": "test", "weights": "0"},
-        tokenizer=tokenizer,
-        end_ids=frozenset({scribe.end_id}),
-        context_length=None,
-        defaults=GenerationConfig(),
-        open=scribe.open,
-        independent=more.pop("independent", False),
-    )
-    return regenerate(seeds, tokenizer, source, settings, Store(folder), **more)
+def run(
+    tokenizer,
+    scribe,
+    folder,
+    settings=SETTINGS,
+    seeds=PROMPTS,
+    independent=False,
+    **more,
+):
+    writer = source(tokenizer, scribe, independent=independent)
+    return regenerate(seeds, tokenizer, writer, settings, Store(folder), **more)
 
 
 def records(result):

@@ -30,11 +30,6 @@ KEY = "sk-very-secret"
 LOG = "candidates/*/candidates.jsonl"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
-
-
 @pytest.fixture
 def server(tokenizer):
     with scripted_server(tokenizer, end_of_turn_id(tokenizer)) as running:

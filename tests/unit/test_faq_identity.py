@@ -18,11 +18,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
-
-
-@pytest.fixture(scope="module")
 def config(small_model):
     return AutoConfig.from_pretrained(small_model)
 

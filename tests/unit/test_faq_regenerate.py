@@ -2,82 +2,32 @@
 
 import json
 import random
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
 import pytest
 import torch
+from scribe import SETTINGS, Scribe, source
 from transformers import AutoTokenizer, GenerationConfig
 
 from llmc_faq_slider.faq.competition import RegenerationError
-from llmc_faq_slider.faq.generators import GeneratorSource, resolve_sampling
+from llmc_faq_slider.faq.generators import resolve_sampling
 from llmc_faq_slider.faq.preparation import Task, batches, conversation, prepare
 from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import encode, end_of_turn_id
 from llmc_faq_slider.faq.sampling import Draw
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.settings import GateLimits, Sampling, Settings
+from llmc_faq_slider.faq.settings import GateLimits, Sampling
 from llmc_faq_slider.faq.store import Store
 
 pytestmark = pytest.mark.unit
 
 SEEDS = [Seed("prompt", text=f"question {i}") for i in range(10)]
-SETTINGS = Settings(
-    num_candidates=2,
-    num_samples=4,
-    sequence_length=64,
-    sampling=Sampling(1.0, 1.0, 0, 40),
-    batch_size=4,
-    gates=GateLimits(min_response_tokens=4),
-    retries=0,
-)
-
-
-class Scribe:
-    """Writes random ids; counts what it is asked for."""
-
-    def __init__(self, end_id, write=None):
-        self.end_id, self.write = end_id, write or self._random
-        self.rows = self.opened = 0
-
-    def _random(self, seed):
-        draw = random.Random(seed)
-        ids = [draw.randrange(300, 2000) for _ in range(30)]
-        return Draw([*ids, self.end_id], True, [-draw.random()] * 31)
-
-    def answer(self, requests, sampling, on_step, on_draw):
-        self.rows += len(requests)
-        on_step(0.5)
-        for position, request in enumerate(requests):
-            on_draw(position, self.write(request.seed))
-
-    @contextmanager
-    def open(self):
-        self.opened += 1
-        yield self
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 @pytest.fixture
 def scribe(tokenizer):
-    return Scribe(end_of_turn_id(tokenizer))
-
-
-def source(tokenizer, scribe, **changes) -> GeneratorSource:
-    facts = {
-        "identity": {"kind": "test", "weights": "0"},
-        "tokenizer": tokenizer,
-        "end_ids": frozenset({scribe.end_id}),
-        "context_length": None,
-        "defaults": GenerationConfig(),
-        "open": scribe.open,
-    }
-    return GeneratorSource(**{**facts, **changes})
+    return Scribe(end_of_turn_id(tokenizer), 30)
 
 
 def run(tokenizer, scribe, folder, settings=SETTINGS, seeds=SEEDS, **changes):
@@ -101,7 +51,7 @@ def test_rows_are_full_and_token_exact(tokenizer, scribe, tmp_path) -> None:
         assert len(answer) == 31
         assert answer.count(scribe.end_id) == 1 and answer[-1] == scribe.end_id
     assert len(runs) > 6
-    assert result.manifest["counts"]["candidates"] == scribe.rows
+    assert result.manifest["counts"]["candidates"] == len(scribe.requests)
 
 
 def test_an_unchanged_run_opens_no_generator(tokenizer, scribe, tmp_path) -> None:
@@ -131,9 +81,9 @@ def test_selection_settings_generate_nothing(
 
 def test_more_candidates_only_add(tokenizer, scribe, tmp_path) -> None:
     run(tokenizer, scribe, tmp_path)
-    rows = scribe.rows
+    rows = len(scribe.requests)
     run(tokenizer, scribe, tmp_path, replace(SETTINGS, num_candidates=4))
-    assert scribe.rows == 2 * rows
+    assert len(scribe.requests) == 2 * rows
 
 
 @pytest.mark.parametrize(
@@ -174,14 +124,14 @@ def test_a_damaged_data_set_is_built_anew(tokenizer, scribe, tmp_path) -> None:
 
 def test_a_run_that_was_killed_goes_on(tokenizer, scribe, tmp_path) -> None:
     whole = run(tokenizer, scribe, tmp_path / "whole")
-    rows = scribe.rows
+    rows = len(scribe.requests)
     log = next((tmp_path / "whole").glob("candidates/*/candidates.jsonl"))
     cut = tmp_path / "cut" / "candidates" / log.parent.name / log.name
     cut.parent.mkdir(parents=True)
     cut.write_bytes(log.read_bytes()[:-40])
     again = run(tokenizer, scribe, tmp_path / "cut")
     assert torch.equal(whole.input_ids, again.input_ids)
-    assert 0 < scribe.rows - rows <= SETTINGS.batch_size
+    assert 0 < len(scribe.requests) - rows <= SETTINGS.batch_size
     assert cut.read_bytes() == log.read_bytes()
 
 
@@ -210,7 +160,7 @@ def test_too_few_tokens_is_a_clear_error(tokenizer, scribe, tmp_path) -> None:
 
 
 def babble(end_id):
-    return lambda seed: Draw([7] * 30 + [end_id], True, [-1.0] * 31)
+    return lambda request: Draw([7] * 30 + [end_id], True, [-1.0] * 31)
 
 
 def test_prompts_without_valid_answer_fail_the_run(tokenizer, scribe, tmp_path) -> None:
@@ -229,8 +179,8 @@ def test_text_seeds_fall_back_to_themselves(tokenizer, scribe, tmp_path) -> None
 
 
 def test_truncated_answers_get_no_end_of_turn(tokenizer, scribe, tmp_path) -> None:
-    def cut(seed):
-        ids = random.Random(seed).sample(range(300, 2000), 40)
+    def cut(request):
+        ids = random.Random(request.seed).sample(range(300, 2000), 40)
         return Draw(ids, False, [-1.0] * 40)
 
     scribe.write = cut

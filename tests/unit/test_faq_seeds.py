@@ -6,7 +6,6 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from llmc_faq_slider.faq.prompts import Wrapping, to_messages, turns
 from llmc_faq_slider.faq.seeds import (
@@ -19,11 +18,6 @@ from llmc_faq_slider.faq.seeds import (
 )
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 def test_the_shipped_set_is_varied() -> None:

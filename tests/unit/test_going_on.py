@@ -4,8 +4,8 @@ import signal
 
 import pytest
 import torch
+from learning import CPU, LINEARS, rows_of, settings
 from test_closing import tuned_linears
-from test_learner import CPU, LINEARS, model, rows_of, settings  # noqa: F401
 
 from llmc_faq_slider.slider.checkpoint import open_checkpoint
 from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
@@ -33,7 +33,7 @@ class StopAtStep(StopRequest):
         return self.steps < 0
 
 
-def learn(model, saved, stop, **changes):  # noqa: F811
+def learn(model, saved, stop, **changes):
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows_of([16, 9, 16, 9]), CPU)
     grids = LinearGrids(WeightGrid(2, True, 16, torch.float32), ActivationGrid(8))
@@ -68,7 +68,7 @@ def assert_same(one, other):
         ("sweep", torch.bfloat16, 9),
     ],
 )
-def test_learning(model, tmp_path, order, dtype, steps):  # noqa: F811
+def test_learning(model, tmp_path, order, dtype, steps):
     model.to(dtype)
     expected, committed = learn(model, None, None, stage_order=order)
     stops = 0
@@ -90,7 +90,7 @@ def test_learning(model, tmp_path, order, dtype, steps):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_closing(model, tmp_path, dtype):  # noqa: F811
+def test_closing(model, tmp_path, dtype):
     model.to(dtype)
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows_of([16] * 6), CPU)

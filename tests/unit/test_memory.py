@@ -5,8 +5,8 @@ import resource
 
 import pytest
 import torch
+from learning import CPU, LINEARS, rows_of, settings
 from test_checkpoint import in_a_process
-from test_learner import CPU, LINEARS, model, rows_of, settings  # noqa: F401
 
 from llmc_faq_slider.slider.learner import learn_windows
 from llmc_faq_slider.slider.memory import (
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
 MIB = 2**20
 
 
-def learn(model, limit, room=None):  # noqa: F811
+def learn(model, limit, room=None):
     """Losses, with a device that has room for so many rows in one pass."""
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows_of([16] * 8), CPU)
@@ -51,7 +51,7 @@ def learn(model, limit, room=None):  # noqa: F811
     return torch.tensor([result.loss for result in learned.windows])
 
 
-def test_smaller_pieces_learn_the_same(model):  # noqa: F811
+def test_smaller_pieces_learn_the_same(model):
     expected = learn(model, RowLimit(8))
     limit = RowLimit(8)
     found = learn(model, limit, room=3)
@@ -59,7 +59,7 @@ def test_smaller_pieces_learn_the_same(model):  # noqa: F811
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
-def test_one_row_that_does_not_fit_ends_with_advice(model):  # noqa: F811
+def test_one_row_that_does_not_fit_ends_with_advice(model):
     with pytest.raises(MemoryError, match="does not fit.*Use shorter rows"):
         learn(model, RowLimit(8), room=0)
 

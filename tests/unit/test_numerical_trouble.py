@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_learner import LINEARS, learn, model, rows_of, settings  # noqa: F401
+from learning import LINEARS, learn, rows_of, settings
 
 from llmc_faq_slider.host.decoder import calibration_samples
 from llmc_faq_slider.slider.decoder import _InputSquares
@@ -25,7 +25,7 @@ def assert_sound(results, committed):
             assert torch.isfinite(linear.scale).all() and (linear.scale != 0).all()
 
 
-def test_rates_that_overflow_fall_back_to_the_start(model):  # noqa: F811
+def test_rates_that_overflow_fall_back_to_the_start(model):
     rates = {"low_rank": 1e25, "clipping": 1e-2, "channel_scale": 1e-3}
     results, committed = learn(model, rows_of([16] * 8), learning_rates=rates)
     assert all(result.kept_start and result.retries == 2 for result in results)
@@ -33,7 +33,7 @@ def test_rates_that_overflow_fall_back_to_the_start(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_one_bad_step_restarts_the_window_and_it_still_learns(model, value):  # noqa: F811
+def test_one_bad_step_restarts_the_window_and_it_still_learns(model, value):
     layer, calls = model.model.layers[0], []
 
     def spoil_one(_module, _args, output):
@@ -54,7 +54,7 @@ def fast_rates():
     return {"low_rank": 1e-2, "clipping": 1e-1, "channel_scale": 1e-2}
 
 
-def test_a_model_that_overflows_is_named(model):  # noqa: F811
+def test_a_model_that_overflows_is_named(model):
     model.model.layers[2].mlp.down_proj.weight.data *= 1e30
     model.model.layers[2].mlp.up_proj.weight.data *= 1e30
     with pytest.raises(ValueError, match="output of decoder layer 2 is not finite"):
@@ -62,7 +62,7 @@ def test_a_model_that_overflows_is_named(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_fp16_models_learn_in_fp32(model, compute):  # noqa: F811
+def test_fp16_models_learn_in_fp32(model, compute):
     changes = dict(epochs=20, learning_rates=fast_rates(), compute_dtype=compute)
     half = learn(model.half(), rows_of([16] * 8), **changes)
     assert_sound(*half)
@@ -72,7 +72,7 @@ def test_fp16_models_learn_in_fp32(model, compute):  # noqa: F811
         assert linear.weight.dtype == linear.scale.dtype == torch.float32
 
 
-def test_small_gradients_of_fp16_models_do_not_vanish(model):  # noqa: F811
+def test_small_gradients_of_fp16_models_do_not_vanish(model):
     """A mean over many values has gradients below fp16's smallest number."""
     rows = rows_of([64] * 8)
     kinds = {}
@@ -105,7 +105,7 @@ def all_zero(weight):
 
 @pytest.mark.parametrize("spoil", [zero, constant, outlier, all_zero])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_degenerate_rows_of_weights(model, spoil, symmetric):  # noqa: F811
+def test_degenerate_rows_of_weights(model, spoil, symmetric):
     with torch.no_grad():
         for layer in model.model.layers:
             spoil(layer.mlp.up_proj.weight)
@@ -125,7 +125,7 @@ def test_degenerate_rows_of_weights(model, spoil, symmetric):  # noqa: F811
     assert_sound(learned.windows, committed)
 
 
-def test_rows_of_one_token_over_and_over(model):  # noqa: F811
+def test_rows_of_one_token_over_and_over(model):
     rows = [torch.full((16,), 7), torch.full((2,), 7), torch.full((16,), 0)]
     assert_sound(*learn(model, rows))
 

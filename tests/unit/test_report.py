@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llmc_faq_slider.report.perplexity import perplexity
 from llmc_faq_slider.report.server import ServerError, serve
@@ -16,11 +16,6 @@ from llmc_faq_slider.report.server import ServerError, serve
 pytestmark = pytest.mark.unit
 
 TEXT = "The state of the union is strong, and the people are at work. " * 20
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_model):
-    return AutoTokenizer.from_pretrained(small_model)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loguru import logger
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from llmc_faq_slider.slider.rows import check_rows, idle_experts, warn_of_idle_experts
@@ -28,14 +27,6 @@ def model() -> Qwen3MoeForCausalLM:
         max_position_embeddings=128,
     )
     return Qwen3MoeForCausalLM(config).eval()
-
-
-@pytest.fixture
-def said():
-    lines: list[str] = []
-    sink = logger.add(lines.append, level="WARNING", format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.mark.parametrize(

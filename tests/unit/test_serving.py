@@ -8,7 +8,6 @@ import pytest
 from bad_recipes import FP8, INT4, INT8, ROOT, group, slider
 from generated import cases
 from hypothesis import strategies as st
-from loguru import logger
 
 from llmc_faq_slider import SliderQuantModifier
 from llmc_faq_slider.host.declared import declared_groups
@@ -202,31 +201,26 @@ def test_conditions():
     )
 
 
-def test_stage_warns_of_formats_that_nobody_serves_as_declared():
-    said: list[str] = []
-    sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
-    try:
-        check_serving(SliderQuantModifier(scheme="W4AFP8"), None)
-        check_serving(SliderQuantModifier(scheme="W8A8"), "sm100")
-        assert len(said) == 1 and "--linear-backend triton" in said[0]
-        stage = SliderQuantModifier(
-            config_groups={
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {"num_bits": 4, "group_size": 128, "symmetric": False},
-                    "input_activations": {
-                        "num_bits": 8,
-                        "strategy": "token",
-                        "dynamic": True,
-                        "symmetric": False,
-                    },
-                }
+def test_stage_warns_of_formats_that_nobody_serves_as_declared(said):
+    check_serving(SliderQuantModifier(scheme="W4AFP8"), None)
+    check_serving(SliderQuantModifier(scheme="W8A8"), "sm100")
+    assert len(said) == 1 and "--linear-backend triton" in said[0]
+    stage = SliderQuantModifier(
+        config_groups={
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "group_size": 128, "symmetric": False},
+                "input_activations": {
+                    "num_bits": 8,
+                    "strategy": "token",
+                    "dynamic": True,
+                    "symmetric": False,
+                },
             }
-        )
-        check_serving(stage, None)
-        assert "no vLLM kernel that is known here serves it as declared" in said[1]
-    finally:
-        logger.remove(sink)
+        }
+    )
+    check_serving(stage, None)
+    assert "no vLLM kernel that is known here serves it as declared" in said[1]
 
 
 def test_readme_shows_the_table():

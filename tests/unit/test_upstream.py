@@ -7,8 +7,6 @@ it is used, before anything else fails in a stranger way.
 import ast
 import importlib
 import inspect
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -374,16 +372,3 @@ def test_recipes_cannot_name_a_stage_without_registration():
 
     with pytest.raises(ValueError, match="No modifier of type"):
         ModifierFactory.create("llmc_faq_slider.SliderQuantModifier", True, True)
-
-
-def test_importing_us_leaves_llm_compressors_log_as_it_is():
-    command = (
-        "import llmc_faq_slider; from loguru import logger; "
-        "from llmcompressor.logger import LOGGER_CONFIG; "
-        "assert not LOGGER_CONFIG.disabled; logger.log('METRIC', 'seen')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "seen" in done.stdout
