@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ends_2": {"shallow_layers": 2, "deep_layers": 2},
     "ends_6": {"shallow_layers": 6, "deep_layers": 6},
     "ends_auto": {"shallow_layers": "auto", "deep_layers": "auto"},
-    "one_layer_windows": NO_ENDS | {"window_size": 1, "epochs": 10},
+    "one_layer_windows": NO_ENDS | {"window_size": 1, "epochs": 2},
     "size_3": {"window_size": 3},
     "size_4_stride_2": {"window_size": 4, "window_stride": 2},
     "no_rounding": {"rounding_travel": 0},
@@ -48,9 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smoothing_0.5": {"smoothing_strength": 0.5},
     "smoothing_0.85": {"smoothing_strength": 0.85},
     "epochs_2": {"epochs": 2},
-    "epochs_15": {"epochs": 15},
+    "epochs_4": {"epochs": 4},
     "no_closing": {"closing_epochs": 0},
-    "closing_4": {"closing_epochs": 4},
+    "closing_2": {"closing_epochs": 2},
     "batch_4": {"batch_size": 4},
 }
 # The default settings on more or fewer calibration rows.

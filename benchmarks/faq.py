@@ -14,7 +14,6 @@ Results are appended to a file as they come; what is there is not measured again
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -263,7 +262,8 @@ def stage(method: str) -> Any:
         return QuantizationModifier(**fields)
     if name == "gptq":
         return GPTQModifier(actorder="weight", **fields)
-    return SliderQuantModifier(batch_size=8, **fields)
+    # The rows are few, so they are seen twice.
+    return SliderQuantModifier(batch_size=8, epochs=2, **fields)
 
 
 def load(name: str) -> PreTrainedModel:
@@ -369,7 +369,6 @@ def main(
 ) -> None:
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     output.parent.mkdir(parents=True, exist_ok=True)
     known = families(smollm2)
     for name in names.split(","):

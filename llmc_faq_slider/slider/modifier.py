@@ -71,8 +71,8 @@ __all__ = ["SliderQuantModifier"]
 # Fields that a preset sets where the recipe does not.
 PRESETS: dict[str, dict[str, int]] = {
     "fast": {"epochs": 1, "closing_epochs": 0},
-    "default": {"epochs": 2, "closing_epochs": 1},
-    "best": {"epochs": 6, "closing_epochs": 2},
+    "default": {"epochs": 1, "closing_epochs": 1},
+    "best": {"epochs": 4, "closing_epochs": 2},
 }
 
 
@@ -131,7 +131,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param preset: ``fast``, ``default`` or ``best``: how many epochs, where
         ``epochs`` and ``closing_epochs`` are not given. The saved recipe.yaml records
         the numbers
-    :param epochs: passes over the calibration rows per window, shared by its stages
+    :param epochs: passes over the calibration rows per window, shared by its stages.
+        More rows gain more than more passes (docs/experiments.md)
     :param closing_epochs: passes in which all scales are tuned together on the model's
         next-token distribution, after the last window; 0 for none. A departure from the
         paper
