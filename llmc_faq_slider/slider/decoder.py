@@ -1,7 +1,9 @@
 """The model between embedding and head while windows slide over it.
 
-It holds the two streams of hidden states, one behind full-precision layers and one
-behind quantised ones, and the students of the layers that are still open.
+It holds the two streams of hidden states and the students of the layers that are still
+open. One stream stands behind the last layer that any window has visited, in full
+precision: that is the target of the window at hand, since no window stops before an
+earlier one did. The other stands behind the layers that are quantised for good.
 """
 
 from collections.abc import Callable
@@ -32,12 +34,15 @@ LEAST_IMPORTANCE = 1e-6
 @dataclass
 class Decoder:
     """
+    :param full_precision: target of the window at hand, by row
+    :param quantized: its input, by row
     :param grids: number formats by layer index and name of linear
     :param start: makes the student of a layer from its inputs' mean squares
     :param tokens: which tokens' errors count
     :param limit: rows per forward pass
     :param importance: mean square of each input channel, by layer and name of linear
     :param unseen: linears that no calibration token reached, ``<layer>.<name>``
+    :param visited: layers that ``full_precision`` has passed
     """
 
     calls: DecoderCalls
@@ -51,6 +56,7 @@ class Decoder:
     students: dict[int, StudentLayer] = field(default_factory=dict)
     importance: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    visited: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -73,17 +79,24 @@ class Decoder:
             stack.enter_context(student.installed(ratio, dtype))
         return stack
 
+    def rewind(self, hidden: list[Tensor]) -> None:
+        """Put both streams before the first layer."""
+        self.full_precision, self.quantized, self.visited = hidden, hidden, 0
+
     @torch.no_grad()
-    def targets(self, window: Window) -> list[Tensor]:
+    def visit(self, window: Window) -> None:
         """
-        Full-precision output of the window per row; starts students of new layers.
+        Move the full-precision stream behind the window; start students of new layers.
 
         The same pass measures how strongly each input channel of the new layers is
         excited.
 
         :raises ValueError: if the full-precision output is not finite
         """
-        new = [i for i in window.layers if i in self.grids and i not in self.students]
+        layers = range(self.visited, window.stop)
+        if not layers:
+            return
+        new = [i for i in layers if i in self.grids and i not in self.students]
         inputs = {
             (index, name): _InputSquares(self.calls.layers[index].get_submodule(name))
             for index in new
@@ -97,13 +110,14 @@ class Decoder:
 
         handles = [squares.attach() for squares in inputs.values()]
         try:
-            targets = self.limit.run(
-                lambda: self._through(window.layers, self.full_precision), forget
+            self.full_precision = self.limit.run(
+                lambda: self._through(layers, self.full_precision), forget
             )
         finally:
             for handle in handles:
                 handle.remove()
-        for row, target in enumerate(targets):
+        self.visited = window.stop
+        for row, target in enumerate(self.full_precision):
             if not torch.isfinite(target).all():
                 raise ValueError(
                     f"The full-precision output of {window} is not finite for "
@@ -120,7 +134,6 @@ class Decoder:
             self.unseen += unseen
             importance = {name: one.mean() for name, one in found.items()}
             self.add_student(index, importance)
-        return targets
 
     def add_student(self, index: int, importance: dict[str, Tensor]) -> None:
         self.importance[index] = importance
@@ -128,14 +141,13 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self, index: int, ratio: float) -> None:
-        """Move both streams behind layer ``index``, in the model's own dtype."""
-        layer = range(index, index + 1)
-        full = self.limit.run(lambda: self._through(layer, self.full_precision))
+        """Move the quantised stream behind a layer, in the model's own dtype."""
         with self.installed(
             Window(index, index + 1, "fixed"), ratio, self.quantized[0].dtype
         ):
-            quantized = self.limit.run(lambda: self._through(layer, self.quantized))
-        self.full_precision, self.quantized = full, quantized
+            self.quantized = self.limit.run(
+                lambda: self._through(range(index, index + 1), self.quantized)
+            )
 
     @torch.no_grad()
     def commit(self, index: int, hidden: Tensor, commit: Commit) -> float:

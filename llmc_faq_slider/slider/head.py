@@ -13,7 +13,7 @@ from llmc_faq_slider.slider.stream import DecoderCalls, replaced_forwards
 __all__ = ["JUDGED_ROWS", "OutputHead", "divergences", "frozen"]
 
 # Rows that tell whether what was learned is better than what was there before.
-JUDGED_ROWS = 32
+JUDGED_ROWS = 16
 # Tokens of a batch whose logits are compared; those of a whole batch can be gigabytes.
 JUDGED_TOKENS = 1024
 

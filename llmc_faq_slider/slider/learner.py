@@ -82,8 +82,8 @@ def learn_windows(
     """
     decoder = Decoder(
         calls,
-        list(hidden),
-        list(hidden),
+        hidden,
+        hidden,
         device,
         grids,
         lambda index, importance: _student(calls, index, grids, importance, settings),
@@ -158,12 +158,12 @@ class _Walk:
                 if sweep < done[0]:
                     bar.update(self._layer_steps() // len(self.sweeps))
                     continue
-                self.decoder.full_precision = list(hidden)
-                self.decoder.quantized = list(hidden)
+                self.decoder.rewind(hidden)
                 for number, window in enumerate(self.windows):
                     place = f"{number + 1}/{len(self.windows)} {window}"
                     bar.set_description(f"window {place}")
                     self._wake(window)
+                    self.decoder.visit(window)
                     if (sweep, number) < done:
                         bar.update(self._layer_steps([window]) // len(self.sweeps))
                     else:
@@ -277,7 +277,7 @@ class _Walk:
         self.progress.unseen = sorted(set(self.decoder.unseen))
 
     def _move_on(self, sweep: int, number: int) -> None:
-        """Both streams pass the layers that no later window visits."""
+        """The quantised stream passes the layers that no later window visits."""
         windows, decoder = self.windows, self.decoder
         last = number + 1 == len(windows)
         following = windows[number].stop if last else windows[number + 1].start

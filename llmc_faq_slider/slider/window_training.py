@@ -49,7 +49,6 @@ class _Training:
         self,
         decoder: Decoder,
         window: Window,
-        targets: list[Tensor],
         epochs: Mapping[float, int],
         settings: LearningSettings,
         bar: tqdm,
@@ -58,7 +57,6 @@ class _Training:
         self.decoder = decoder
         self.window = window
         self.students = decoder.window_students(window)
-        self.targets = targets
         self.epochs = epochs
         self.settings = settings
         self.bar = bar
@@ -168,7 +166,7 @@ class _Training:
         """Mean over the tokens that count in rows of one length."""
         decoder, window = self.decoder, self.window
         hidden = decoder.batch(decoder.quantized, rows)
-        target = decoder.batch(self.targets, rows)
+        target = decoder.batch(decoder.full_precision, rows)
         mask = decoder.tokens.mask(rows, decoder.device)
         with decoder.installed(window, ratio, self.settings.compute_dtype):
             output = decoder.calls.run_span(window.layers, hidden)
@@ -244,11 +242,10 @@ def learn_window(
     :param unfinished: where an earlier run was stopped inside this window
     :raises Stopped: between two steps, when ``stop`` is set
     """
-    targets = decoder.targets(window)
     students = decoder.window_students(window)
     if not students:
         return WindowResult(window, 0.0, 0.0, 0.0)
-    training = _Training(decoder, window, targets, epochs, settings, bar, stop)
+    training = _Training(decoder, window, epochs, settings, bar, stop)
     final_ratio = max(epochs)
     start_loss = training.judge(final_ratio)
     start = [student.state() for student in students]
