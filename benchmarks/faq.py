@@ -17,8 +17,11 @@ import math
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -287,32 +290,42 @@ def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel
 def run(family: Family, arms: list[str], methods: list[str], output: Path) -> None:
     """Measure what is not in the file yet."""
     done = {(r.family, r.arm, r.method, r.seed) for r in read(output)}
-    full = load(family.target).eval()
-    chats = held_out(family, full)
-    exact = answer_logprobs(full, chats)
-    for seed in SEEDS:
-        for arm in arms:
+    chats = held_out(family, load(family.target).eval())
+    # One process per data set: llm-compressor's tracing keeps every model it has seen.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for seed, arm in product(SEEDS, arms):
             missing = [m for m in methods if (family.name, arm, m, seed) not in done]
-            if not missing:
-                continue
-            began = time.perf_counter()
-            rows = calibration(family, arm, seed, output.parent / "faq-store")
-            print(f"{family.name} {arm} {seed}: {time.perf_counter() - began:.0f} s")
-            for method in missing:
-                began = time.perf_counter()
-                model = quantise(family, method, rows)
-                seconds = time.perf_counter() - began
-                divergence, perplexity = measure(exact, model, chats)
-                result = Result(
-                    family.name, arm, method, seed, divergence, perplexity, seconds
-                )
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
-                print(
-                    f"  {method}: KL {divergence:.4f}, perplexity {perplexity:.2f}, "
-                    f"{seconds:.0f} s",
-                    flush=True,
-                )
+            if missing:
+                pool.submit(run_arm, family, arm, missing, seed, chats, output).result()
+
+
+def run_arm(
+    family: Family,
+    arm: str,
+    methods: list[str],
+    seed: int,
+    chats: list[Sample],
+    output: Path,
+) -> None:
+    """Make the rows of an arm, and quantise with each method on them."""
+    logger.remove()
+    exact = answer_logprobs(load(family.target).eval(), chats)
+    began = time.perf_counter()
+    rows = calibration(family, arm, seed, output.parent / "faq-store")
+    print(f"{family.name} {arm} {seed}: {time.perf_counter() - began:.0f} s")
+    for method in methods:
+        began = time.perf_counter()
+        model = quantise(family, method, rows)
+        seconds = time.perf_counter() - began
+        divergence, perplexity = measure(exact, model, chats)
+        result = Result(family.name, arm, method, seed, divergence, perplexity, seconds)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        print(
+            f"  {method}: KL {divergence:.4f}, perplexity {perplexity:.2f}, "
+            f"{seconds:.0f} s",
+            flush=True,
+        )
 
 
 def quickstart_model() -> str:
