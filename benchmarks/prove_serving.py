@@ -8,8 +8,9 @@ stand in for FAQ's, and group sizes shrink to what divides the model's layers). 
 vLLM, offline and over HTTP, gives log-probabilities, greedy tokens and the output of
 each linear, and all are compared with the model in memory. A recipe that vLLM does not
 serve on this CPU, by the table of `llmc-faq-slider check`, is loaded in transformers
-instead. Writes ``summary.json`` and ``table.md``; exits with 1 if anything differs by
-more than its tolerance.
+instead. Writes a file per recipe, ``summary.json`` and ``table.md``; exits with 1 if
+anything differs by more than its tolerance. What was proven with the same code and
+numbers is not proven again.
 """
 
 import copy
@@ -17,8 +18,9 @@ import json
 import math
 import re
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +30,12 @@ import yaml
 from datasets import Dataset
 from loguru import logger
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.http_checks import check_http
 from benchmarks.quality import small_or_real
-from benchmarks.runner import group_size_for
+from benchmarks.runner import group_size_for, source_digest
 from benchmarks.served import (
     SERVE_ENV,
     Answer,
@@ -316,48 +319,52 @@ def compare_reloaded(trained: Trained, rows: Tensor) -> Proof:
 
 def prove(
     model: str,
-    recipes: list[Path],
+    recipe: Path,
     calibration: Tensor,
     rows: Tensor,
     folder: Path,
     epochs: int | None = None,
     http: bool = False,
-) -> list[Proof]:
-    """One proof per recipe; vLLM is started once for all, and per recipe for HTTP."""
+) -> Proof:
+    """Quantise by a recipe; compare what reads the checkpoint with what was made."""
+    trained = train(model, recipe, calibration, rows, folder, epochs)
+    if trained.computes is None:
+        return compare_reloaded(trained, rows)
     prompts = prompts_of(rows)
-    trained = [train(model, r, calibration, rows, folder, epochs) for r in recipes]
-    by_vllm = [one for one in trained if one.computes is not None]
-    proofs = {
-        one.recipe: compare_reloaded(one, rows)
-        for one in trained
-        if one.computes is None
-    }
-    if by_vllm:
-        answers = run_vllm(
-            [one.checkpoint for one in by_vllm],
-            rows,
-            prompts,
-            NEW_TOKENS,
-            make_probes(by_vllm[0].linears),
-            folder / "vllm",
-        )
-        for one, answer in zip(by_vllm, answers, strict=True):
-            proof = compare(one, answer, prompts)
-            if http:
-                log = folder / f"{one.recipe}.log"
-                tokenizer = AutoTokenizer.from_pretrained(one.checkpoint)
-                with http_server(one.checkpoint, SERVE_ENV, log, timeout=900) as server:
-                    figures, failures = check_http(
-                        server,
-                        rows,
-                        one.logprobs,
-                        tolerance(str(one.computes)),
-                        chats=tokenizer.chat_template is not None,
-                    )
-                proof.figures |= figures
-                proof.failures += failures
-            proofs[one.recipe] = proof
-    return [proofs[one.recipe] for one in trained]
+    (answer,) = run_vllm(
+        [trained.checkpoint],
+        rows,
+        prompts,
+        NEW_TOKENS,
+        make_probes(trained.linears),
+        folder / "vllm",
+    )
+    proof = compare(trained, answer, prompts)
+    if http:
+        log = folder / f"{trained.recipe}.log"
+        tokenizer = AutoTokenizer.from_pretrained(trained.checkpoint)
+        with http_server(trained.checkpoint, SERVE_ENV, log, timeout=900) as server:
+            figures, failures = check_http(
+                server,
+                rows,
+                trained.logprobs,
+                tolerance(trained.computes),
+                chats=tokenizer.chat_template is not None,
+            )
+        proof.figures |= figures
+        proof.failures += failures
+    return proof
+
+
+def stored(path: Path, settings: dict[str, Any], proof: Callable[[], Proof]) -> Proof:
+    """The proof in a file if it was made with these settings, else a new one."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["settings"] == settings:
+            return Proof(**found["proof"])
+    made = proof()
+    path.write_text(json.dumps({"settings": settings, "proof": asdict(made)}, indent=1))
+    return made
 
 
 def prompts_of(rows: Tensor) -> Tensor:
@@ -444,12 +451,21 @@ def main(
         first = calibration_rows(tokenizer, 0, calibration, 128)
         second = evaluation_rows(tokenizer, "wikipedia", rows, 128)
     target = output / Path(folder).name
-    start = time.monotonic()
-    proofs = prove(folder, chosen, first, second, target, epochs or None, http)
+    target.mkdir(parents=True, exist_ok=True)
+    proofs = []
+    for recipe in tqdm(chosen, unit="recipe", desc="Proving"):
+        settings = {
+            "recipe": recipe.read_text("utf-8"),
+            "code": source_digest(),
+            "numbers": [rows, calibration, epochs, http],
+        }
+        one = partial(
+            prove, folder, recipe, first, second, target, epochs or None, http
+        )
+        proofs.append(stored(target / f"{recipe.stem}.json", settings, one))
     document: dict[str, Any] = {
         "model": Path(folder).name,
         "target": local_target(),
-        "seconds": time.monotonic() - start,
         "proofs": [asdict(proof) for proof in proofs],
     }
     (target / "summary.json").write_text(json.dumps(document, indent=1))

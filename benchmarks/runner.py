@@ -15,7 +15,7 @@ from rich.progress import Progress
 from benchmarks.methods import Arm
 from benchmarks.texts import ROOT
 
-__all__ = ["Result", "group_size_for", "run_arms"]
+__all__ = ["Result", "group_size_for", "run_arms", "source_digest"]
 
 Result = dict[str, Any]
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
