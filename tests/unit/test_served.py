@@ -77,3 +77,11 @@ def test_recipes_fit_the_model() -> None:
 def test_every_precision_of_the_table_has_a_tolerance() -> None:
     for computes in ("16 bit", "int8 per token with zero point", "FP8 per token"):
         assert 0 < tolerance(computes).mean < tolerance(computes).largest
+
+
+def test_a_model_that_amplifies_roundings_gets_a_wider_tolerance() -> None:
+    known = tolerance("int8 per token")
+    assert tolerance("int8 per token", torch.full((4, 5), 0.01)) == known
+    wide = tolerance("int8 per token", torch.tensor([0.0, -0.4, 1.0]))
+    assert wide.mean == pytest.approx(1.25 * 1.4 / 3)
+    assert wide.largest == pytest.approx(1.5)
