@@ -5,9 +5,11 @@
 Every arm turns the same passages into N rows of L tokens; what differs is who wrote
 them and who chose. Each method quantises the target with each arm's rows. Measured on
 chats nobody calibrates on: the mean Kullback-Leibler divergence from the
-full-precision model, in nats per answer token, and the perplexity of the answers. The
-last column is how much smaller an arm's divergence is than that of the raw passages,
-``1 - KL / KL_raw``. Round-to-nearest reads no data, so it must not move.
+full-precision model, in nats per answer token, and the perplexity of the answers. These
+are of two kinds: ``texts``, other passages by the authors of the raw ones, and
+``answers`` that the target itself gives in full precision. The last column is how much
+smaller an arm's divergence is than that of the raw passages, ``1 - KL / KL_raw``.
+Round-to-nearest reads no data, so it must not move.
 
 Results are appended to a file as they come; what is there is not measured again.
 """
@@ -81,6 +83,7 @@ class Family:
     chats: int
     methods: tuple[str, ...]
     arms: tuple[str, ...]
+    measured_on: tuple[str, ...]
 
 
 def families(smollm2: str) -> dict[str, Family]:
@@ -94,6 +97,7 @@ def families(smollm2: str) -> dict[str, Family]:
         *(32, 256, 96, 4, 48),
         methods,
         (*own, "family", *(f"family:{name}" for name in others)),
+        ("texts", "answers"),
     )
     smol = Family(
         "smollm2",
@@ -103,6 +107,7 @@ def families(smollm2: str) -> dict[str, Family]:
         methods,
         # The target is its own expert here, which makes target_nll the same as self.
         (*own, *(f"self:{name}" for name in others if name != "target_nll")),
+        ("answers",),
     )
     return {family.name: family for family in (tests, smol)}
 
@@ -115,6 +120,7 @@ class Result:
     arm: str
     method: str
     seed: int
+    measured_on: str
     divergence: float
     perplexity: float
     seconds: float
@@ -193,37 +199,29 @@ def judge(model: str, log: Path) -> AbstractContextManager[Server]:
     return serve(Path(model), SERVE_ENV, log, max_model_len=2048, timeout=900)
 
 
-def held_out(family: Family, model: PreTrainedModel) -> list[Sample]:
-    """Chats to measure on.
-
-    For the test family, which cannot converse, the second halves of the held-out texts
-    as chats; for a real model its own answers, drawn in full precision, to prompts that
-    are no seeds.
-    """
+def held_out(family: Family, kind: str) -> list[Sample]:
+    """Chats to measure on, of one kind."""
     tokenizer = AutoTokenizer.from_pretrained(family.target)
-    if family.sibling is not None:
-        texts = []
-        for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
-            text = path.read_text(encoding="utf-8")
-            words = text[len(text) // 2 :].split(" ")
-            cuts = range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS)
-            texts += [" ".join(words[i : i + PASSAGE_WORDS]) for i in cuts]
-        return [
-            as_chat(tokenizer, text) for text in texts[:: len(texts) // family.chats]
-        ]
-    asked = shipped_seeds()[:: 216 // family.chats][: family.chats]
-    prompts = [
-        encode(
-            tokenizer,
-            prompt_text(tokenizer, [{"role": "user", "content": s.text}], False),
-        )
-        for s in asked
-    ]
+    texts = []
+    for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        words = text[len(text) // 2 :].split(" ")
+        cuts = range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS)
+        texts += [" ".join(words[i : i + PASSAGE_WORDS]) for i in cuts]
+    chats = [as_chat(tokenizer, text) for text in texts[:: len(texts) // family.chats]]
+    if kind == "texts":
+        return chats
+    if family.sibling is None:
+        # A model that can converse is asked something.
+        asked = shipped_seeds()[:: 216 // family.chats][: family.chats]
+        turns = [[{"role": "user", "content": seed.text}] for seed in asked]
+        prompts = [encode(tokenizer, prompt_text(tokenizer, t, False)) for t in turns]
+    else:
+        prompts = [chat.input_ids[: chat.loss_mask.index(1)] for chat in chats]
     ends = {end_of_turn_id(tokenizer) or -1}
     sampling = Sampling(0.7, 0.95, 0, family.new_tokens)
-    draws = sample_batch(
-        model, prompts, range(1000, 1000 + len(prompts)), sampling, ends
-    )
+    seeds = range(1000, 1000 + len(prompts))
+    draws = sample_batch(load(family.target).eval(), prompts, seeds, sampling, ends)
     return [
         Sample([*prompt, *draw.ids], [0] * len(prompt) + [1] * len(draw.ids))
         for prompt, draw in zip(prompts, draws, strict=True)
@@ -290,7 +288,7 @@ def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel
 def run(family: Family, arms: list[str], methods: list[str], output: Path) -> None:
     """Measure what is not in the file yet."""
     done = {(r.family, r.arm, r.method, r.seed) for r in read(output)}
-    chats = held_out(family, load(family.target).eval())
+    chats = {kind: held_out(family, kind) for kind in family.measured_on}
     # One process per data set: llm-compressor's tracing keeps every model it has seen.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for seed, arm in product(SEEDS, arms):
@@ -304,12 +302,13 @@ def run_arm(
     arm: str,
     methods: list[str],
     seed: int,
-    chats: list[Sample],
+    chats: dict[str, list[Sample]],
     output: Path,
 ) -> None:
     """Make the rows of an arm, and quantise with each method on them."""
     logger.remove()
-    exact = answer_logprobs(load(family.target).eval(), chats)
+    full = load(family.target).eval()
+    exact = {kind: answer_logprobs(full, chats[kind]) for kind in chats}
     began = time.perf_counter()
     rows = calibration(family, arm, seed, output.parent / "faq-store")
     print(f"{family.name} {arm} {seed}: {time.perf_counter() - began:.0f} s")
@@ -317,15 +316,16 @@ def run_arm(
         began = time.perf_counter()
         model = quantise(family, method, rows)
         seconds = time.perf_counter() - began
-        divergence, perplexity = measure(exact, model, chats)
-        result = Result(family.name, arm, method, seed, divergence, perplexity, seconds)
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
-        print(
-            f"  {method}: KL {divergence:.4f}, perplexity {perplexity:.2f}, "
-            f"{seconds:.0f} s",
-            flush=True,
-        )
+        for kind in chats:
+            found = measure(exact[kind], model, chats[kind])
+            result = Result(family.name, arm, method, seed, kind, *found, seconds)
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+            print(
+                f"  {method}, {kind}: KL {result.divergence:.4f}, "
+                f"perplexity {result.perplexity:.2f}, {seconds:.0f} s",
+                flush=True,
+            )
 
 
 def quickstart_model() -> str:
@@ -346,9 +346,15 @@ def read(output: Path) -> list[Result]:
 
 def table(results: list[Result]) -> Table:
     """Mean and standard deviation over the seeds."""
-    shown = Table("model", "method", "data", "seeds", "KL", "perplexity", "1 - KL/raw")
-    for key in dict.fromkeys((r.family, r.method) for r in results):
-        here = [r for r in results if (r.family, r.method) == key]
+    shown = Table("model", "method", "measured on", "data", "seeds")
+    for name in ("KL", "perplexity", "1 - KL/raw"):
+        shown.add_column(name)
+
+    def question(r: Result) -> tuple[str, str, str]:
+        return r.family, r.method, r.measured_on
+
+    for key in dict.fromkeys(map(question, results)):
+        here = [r for r in results if question(r) == key]
         raw = [r.divergence for r in here if r.arm == "raw"]
         for arm in dict.fromkeys(r.arm for r in here):
             own = [r for r in here if r.arm == arm]
