@@ -69,8 +69,9 @@ TOLERANCES = {
 }
 
 
-# What vLLM's bf16 may differ by, in differences that transformers' own bf16 makes.
-AMPLIFIED_MEAN, AMPLIFIED_LARGEST = 1.25, 1.5
+# What vLLM's bf16 may differ by, in differences that transformers' own bf16 makes. The
+# largest of two thousand is one draw from a long tail, so the mean is what decides.
+AMPLIFIED_MEAN, AMPLIFIED_LARGEST = 1.25, 3.0
 
 
 def tolerance(computes: str, rounding: Tensor | None = None) -> Tolerance:
