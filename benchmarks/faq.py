@@ -16,7 +16,6 @@ Results are appended to a file as they come; what is there is not measured again
 
 import json
 import math
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +43,9 @@ from transformers import (
 )
 
 from benchmarks.methods import config_groups
+from benchmarks.quality import small_or_real
 from benchmarks.served import SERVE_ENV
+from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import SliderQuantModifier, oneshot
 from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
 from llmc_faq_slider.faq.options import FAQOptions
@@ -57,8 +58,7 @@ from llmc_faq_slider.faq.settings import Sampling
 from llmc_faq_slider.faq.store import Store
 from llmc_faq_slider.report.server import Server, serve
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
+TESTS = ROOT / "tests"
 
 #: selectors of the arms whose candidates a generator writes
 SELECTORS = (
@@ -126,12 +126,13 @@ class Result:
     seconds: float
 
 
-def passages() -> list[Seed]:
-    """The first halves of the held-out texts, cut into passages."""
+def passages(half: int) -> list[Seed]:
+    """Half 0 or 1 of each held-out text, cut into passages."""
     found = []
     for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
         text = path.read_text(encoding="utf-8")
-        words = text[: len(text) // 2].split(" ")
+        middle = len(text) // 2
+        words = (text[:middle] if half == 0 else text[middle:]).split(" ")
         for start in range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS):
             passage = " ".join(words[start : start + PASSAGE_WORDS])
             found.append(Seed("text", text=passage, source=path.stem))
@@ -160,7 +161,7 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
             as_chat(tokenizer, passage.text)
             if kind == "raw_chat"
             else Sample(ids := tokenizer(passage.text)["input_ids"], [1] * len(ids))
-            for passage in passages()
+            for passage in passages(0)
         ]
         return pack(samples, family.rows, family.length, seed)[0]
     generator = family.sibling if kind == "family" else "self"
@@ -190,7 +191,7 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
             options = options.model_copy(update={"expert": f"{server.url}/v1"})
         asked = experts(options, target, source, private=False)
         store = Store(folder)
-        found = regenerate(passages(), tokenizer, source, settings, store, asked)
+        found = regenerate(passages(0), tokenizer, source, settings, store, asked)
     return found.input_ids
 
 
@@ -202,12 +203,7 @@ def judge(model: str, log: Path) -> AbstractContextManager[Server]:
 def held_out(family: Family, kind: str) -> list[Sample]:
     """Chats to measure on, of one kind."""
     tokenizer = AutoTokenizer.from_pretrained(family.target)
-    texts = []
-    for path in sorted((TESTS / "data" / "heldout").glob("*.txt")):
-        text = path.read_text(encoding="utf-8")
-        words = text[len(text) // 2 :].split(" ")
-        cuts = range(0, len(words) - PASSAGE_WORDS, PASSAGE_WORDS)
-        texts += [" ".join(words[i : i + PASSAGE_WORDS]) for i in cuts]
+    texts = [passage.text for passage in passages(1)]
     chats = [as_chat(tokenizer, text) for text in texts[:: len(texts) // family.chats]]
     if kind == "texts":
         return chats
@@ -316,25 +312,19 @@ def run_arm(
         began = time.perf_counter()
         model = quantise(family, method, rows)
         seconds = time.perf_counter() - began
+        results = []
         for kind in chats:
             found = measure(exact[kind], model, chats[kind])
             result = Result(family.name, arm, method, seed, kind, *found, seconds)
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+            results.append(result)
             print(
                 f"  {method}, {kind}: KL {result.divergence:.4f}, "
                 f"perplexity {result.perplexity:.2f}, {seconds:.0f} s",
                 flush=True,
             )
-
-
-def quickstart_model() -> str:
-    """SmolLM2-135M-Instruct as `make quickstart` gets it, without a model hub."""
-    folder = CACHE / "models" / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").is_file():
-        script = TESTS.parent / "scripts" / "smollm2.py"
-        subprocess.run([sys.executable, str(script), str(folder)], check=True)
-    return str(folder)
+        # Together, since a method with some results counts as measured.
+        with output.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(r)) + "\n" for r in results))
 
 
 def read(output: Path) -> list[Result]:
@@ -397,7 +387,7 @@ def main(
             )
         family = known[name]
         if not family.target:
-            family = replace(family, target=quickstart_model())
+            family = replace(family, target=small_or_real("smollm2"))
         wanted = arms.split(",") if arms else list(family.arms)
         run(
             family, wanted, methods.split(",") if methods else [*family.methods], output

@@ -34,20 +34,18 @@ LEAST_IMPORTANCE = 1e-6
 @dataclass
 class Decoder:
     """
-    :param full_precision: target of the window at hand, by row
-    :param quantized: its input, by row
     :param grids: number formats by layer index and name of linear
     :param start: makes the student of a layer from its inputs' mean squares
     :param tokens: which tokens' errors count
     :param limit: rows per forward pass
     :param importance: mean square of each input channel, by layer and name of linear
     :param unseen: linears that no calibration token reached, ``<layer>.<name>``
+    :param full_precision: target of the window at hand, by row
+    :param quantized: its input, by row
     :param visited: layers that ``full_precision`` has passed
     """
 
     calls: DecoderCalls
-    full_precision: list[Tensor]
-    quantized: list[Tensor]
     device: torch.device
     grids: LayerGrids
     start: StartStudent
@@ -56,6 +54,8 @@ class Decoder:
     students: dict[int, StudentLayer] = field(default_factory=dict)
     importance: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    full_precision: list[Tensor] = field(default_factory=list)
+    quantized: list[Tensor] = field(default_factory=list)
     visited: int = 0
 
     @property

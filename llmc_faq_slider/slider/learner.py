@@ -82,8 +82,6 @@ def learn_windows(
     """
     decoder = Decoder(
         calls,
-        hidden,
-        hidden,
         device,
         grids,
         lambda index, importance: _student(calls, index, grids, importance, settings),
