@@ -173,7 +173,7 @@ def main(
     seeds: Annotated[int, typer.Option()] = 3,
     rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
     length: Annotated[int, typer.Option(help="tokens per row")] = 128,
-    evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 16,
+    evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 8,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench",
