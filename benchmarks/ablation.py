@@ -51,7 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "epochs_4": {"epochs": 4},
     "no_closing": {"closing_epochs": 0},
     "closing_2": {"closing_epochs": 2},
-    "batch_4": {"batch_size": 4},
+    "fixed_windows_no_closing": NO_ENDS | {"closing_epochs": 0},
+    "batch_2": {"batch_size": 2},
+    "batch_8": {"batch_size": 8},
 }
 # The default settings on more or fewer calibration rows.
 ROWS = {"rows_32": 32, "rows_512": 512}

@@ -22,15 +22,16 @@ METHODS = {
     "awq": "AWQ",
     "autoround": "AutoRound, 200 iterations",
     "slider_paper": "SliderQuant, the paper's settings, same epochs",
-    "slider_fixed": "SliderQuant, fixed windows only",
+    "slider_fixed": "SliderQuant's learnables in the paper's fixed windows",
     "slider_fast": "SliderQuant, fast",
     "slider": "SliderQuant",
     "slider_best": "SliderQuant, best",
 }
 
-# Appendix Table A, but for the epochs: those of our default, so that both cost the
-# same. The released code adds the clipping.
+# Appendix Table A, but for the epochs: those of our default windows, so that both cost
+# the same. The released code adds the clipping.
 PAPER: dict[str, Any] = {
+    "closing_epochs": 0,
     "ratio": 0.5,
     "rounding_travel": 0,
     "channel_scales": True,
@@ -93,7 +94,7 @@ def stages(arm: Arm, group_size: int) -> list[Modifier]:
         "config_groups": config_groups(arm.scheme, group_size),
         **arm.settings,
     }
-    slider = {"batch_size": 8, "seed": arm.seed, **fields}
+    slider = {"seed": arm.seed, **fields}
     match arm.method:
         case "nearest":
             return [QuantizationModifier(**fields)]
@@ -110,7 +111,7 @@ def stages(arm: Arm, group_size: int) -> list[Modifier]:
         case "slider_paper":
             return [SliderQuantModifier(**PAPER | slider)]
         case "slider_fixed":
-            fixed = {"shallow_layers": 0, "deep_layers": 0}
+            fixed = {"shallow_layers": 0, "deep_layers": 0, "closing_epochs": 0}
             return [SliderQuantModifier(**fixed | slider)]
         case "slider_fast" | "slider" | "slider_best":
             preset = (
