@@ -96,6 +96,8 @@ def stages(arm: Arm, group_size: int) -> list[Modifier]:
     }
     slider = {"seed": arm.seed, **fields}
     match arm.method:
+        case "full_precision":
+            return []
         case "nearest":
             return [QuantizationModifier(**fields)]
         case "gptq":

@@ -121,9 +121,9 @@ def summarize(full: Result, results: list[Result]) -> list[dict[str, object]]:
                 "in_domain": mean(loss(r, full, [IN_DOMAIN]) for r in found),
                 "out_of_domain": mean(loss(r, full, abroad) for r in found),
                 "kl": mean(r["quality"][t]["kl"] for r in found for t in FILES),
-                "tasks": {
-                    task: mean(r["tasks"][task] for r in found)
-                    for task in found[0]["tasks"]
+                "scores": {
+                    task: mean(r["scores"][task] for r in found)
+                    for task in found[0]["scores"]
                 },
                 **{
                     key: mean(result["cost"][key] for result in found)

@@ -35,7 +35,7 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
         cost = quantize(model, arm, group_size, rows)
     found: dict[str, Any] = {
         "quality": quality(model, arm),
-        "tasks": task_scores(model, tokenizer, tasks) if tasks else {},
+        "scores": task_scores(model, tokenizer, tasks) if tasks else {},
         "cost": cost,
     }
     if arm.method == "autoround" and quantizes_inputs(arm.scheme):
@@ -125,18 +125,18 @@ def task_scores(
     }
 
 
-def main() -> None:
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def measure(request: Path, target: Path) -> None:
+    """Runs the arm of a specification; that and the result go to ``target``."""
+    spec = json.loads(request.read_text())
     torch.manual_seed(spec["arm"]["seed"])
     result = run(Arm(**spec["arm"]), spec["group_size"], spec["tasks"])
     result["threads"] = torch.get_num_threads()
-    target = Path(sys.argv[2])
     draft = target.with_suffix(".part")
     draft.write_text(json.dumps(spec | result, indent=1))
     draft.rename(target)
 
 
 if __name__ == "__main__":
-    main()
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    measure(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.methods import Arm
+from benchmarks.methods import Arm, stages
 from benchmarks.texts import ROOT
 
 __all__ = ["Result", "group_size_for", "run_arms", "source_digest"]
@@ -65,6 +65,10 @@ def run_arm(
         "group_size": group_size,
         "tasks": tasks,
         "versions": {name: version(name) for name in PACKAGES},
+        "recipe": [
+            {type(stage).__name__: stage.model_dump(mode="json", exclude_unset=True)}
+            for stage in stages(arm, group_size)
+        ],
         "code": source_digest() if arm.method.startswith("slider") else None,
     }
     settings = "".join(f"-{k}={v}" for k, v in arm.settings.items())

@@ -1,0 +1,55 @@
+"""Arms of the benchmarks are measured once, and again when what they run changes."""
+
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+
+from benchmarks import methods, run_arm, runner
+from benchmarks.methods import Arm
+
+SMALL = str(Path(__file__).parents[1] / "models" / "small")
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Arms that were run; in this process, and on random tokens instead of texts."""
+    found = []
+
+    def in_this_process(command, **_):
+        request, target = map(Path, command[-2:])
+        found.append(target.stem)
+        run_arm.measure(request, target)
+        return CompletedProcess(command, 0)
+
+    def random_rows(_tokenizer, _name_or_seed, count, length):
+        return torch.randint(0, 100, (count, length))
+
+    monkeypatch.setattr(runner.subprocess, "run", in_this_process)
+    monkeypatch.setattr(run_arm, "calibration_rows", random_rows)
+    monkeypatch.setattr(run_arm, "evaluation_rows", random_rows)
+    return found
+
+
+def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
+    arms = [
+        Arm(SMALL, scheme, method, 0, 2, 8, 2)
+        for scheme, method in (("W16A16", "full_precision"), ("W4A16", "nearest"))
+    ]
+    first = runner.run_arms(arms, tmp_path, 1, 64, [])
+    assert len(runs) == 2
+    assert runner.run_arms(arms, tmp_path, 1, 64, []) == first
+    assert len(runs) == 2
+
+    described = methods.stages
+
+    def other_stages(arm, group_size):
+        return [
+            stage.model_copy(update={"ignore": ["lm_head", "re:.*layers.0.*"]})
+            for stage in described(arm, group_size)
+        ]
+
+    monkeypatch.setattr(runner, "stages", other_stages)
+    runner.run_arms(arms, tmp_path, 1, 64, [])
+    assert len(runs) == 3
