@@ -2,14 +2,17 @@
 
     python -m benchmarks.faq --families tests --arms raw,family --methods gptq_w3a16
 
-Every arm turns the same passages into N rows of L tokens; what differs is who wrote
-them and who chose. Each method quantises the target with each arm's rows. Measured on
-chats nobody calibrates on: the mean Kullback-Leibler divergence from the
-full-precision model, in nats per answer token, and the perplexity of the answers. These
-are of two kinds: ``texts``, other passages by the authors of the raw ones, and
-``answers`` that the target itself gives in full precision. The last column is how much
-smaller an arm's divergence is than that of the raw passages, ``1 - KL / KL_raw``.
-Round-to-nearest reads no data, so it must not move.
+Every arm makes N rows of L tokens. ``raw`` are passages of books, ``raw_chat`` the same
+written as chats, ``self`` and ``family`` what the target or its larger sibling answers
+to them; ``prompts`` are answers of the target to the package's own prompts, less those
+that are measured on. After a colon stands who chose among the candidates, by default
+``expert_nll``; ``single`` has no other candidate to choose. Each method quantises the
+target with each arm's rows. Measured on chats nobody calibrates on: the mean
+Kullback-Leibler divergence from the full-precision model, in nats per answer token, and
+the perplexity of the answers. These are of two kinds: ``texts``, other passages by the
+authors of the raw ones, and ``answers`` that the target itself gives in full precision.
+The last column is how much smaller an arm's divergence is than that of raw passages,
+``1 - KL / KL_raw``. Round-to-nearest reads no data, so it must not move.
 
 Results are appended to a file as they come; what is there is not measured again.
 """
@@ -96,7 +99,10 @@ def families(smollm2: str) -> dict[str, Family]:
         str(TESTS / "models" / "large"),
         *(32, 256, 96, 4, 48),
         methods,
-        (*own, "family", *(f"family:{name}" for name in others)),
+        (
+            *(*own, "family", "family:single"),
+            *(f"family:{name}" for name in others),
+        ),
         ("texts", "answers"),
     )
     smol = Family(
@@ -105,8 +111,12 @@ def families(smollm2: str) -> dict[str, Family]:
         None,
         *(16, 256, 128, 3, 12),
         methods,
-        # The target is its own expert here, which makes target_nll the same as self.
-        (*own, *(f"self:{name}" for name in others if name != "target_nll")),
+        # The target is its own expert here, which makes target_nll the same as
+        # expert_nll.
+        (
+            *(*own, "prompts", "prompts:single"),
+            *(f"prompts:{name}" for name in others if name != "target_nll"),
+        ),
         ("answers",),
     )
     return {family.name: family for family in (tests, smol)}
@@ -167,11 +177,16 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
     generator = family.sibling if kind == "family" else "self"
     if generator is None:
         raise typer.BadParameter(f"{family.name} has no larger sibling here")
-    selector = selector or "expert_nll"
+    seeds = passages(0)
+    if kind == "prompts":
+        measured = asked_prompts(family)
+        seeds = [prompt for prompt in shipped_seeds() if prompt not in measured]
+    candidates = 1 if selector == "single" else family.candidates
+    selector = "expert_nll" if selector in ("", "single") else selector
     options = FAQOptions(
         generator=generator,
         selector=selector,
-        num_candidates=family.candidates,
+        num_candidates=candidates,
         num_samples=family.rows,
         sequence_length=family.length,
         max_new_tokens=family.new_tokens,
@@ -191,13 +206,19 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
             options = options.model_copy(update={"expert": f"{server.url}/v1"})
         asked = experts(options, target, source, private=False)
         store = Store(folder)
-        found = regenerate(passages(0), tokenizer, source, settings, store, asked)
+        found = regenerate(seeds, tokenizer, source, settings, store, asked)
     return found.input_ids
 
 
 def judge(model: str, log: Path) -> AbstractContextManager[Server]:
     """The generator behind vLLM, which can hold a weak model to the form of grades."""
     return serve(Path(model), SERVE_ENV, log, max_model_len=2048, timeout=900)
+
+
+def asked_prompts(family: Family) -> list[Seed]:
+    """Prompts whose answers are measured on, for a target that can converse."""
+    prompts = shipped_seeds()
+    return prompts[:: len(prompts) // family.chats][: family.chats]
 
 
 def held_out(family: Family, kind: str) -> list[Sample]:
@@ -209,7 +230,7 @@ def held_out(family: Family, kind: str) -> list[Sample]:
         return chats
     if family.sibling is None:
         # A model that can converse is asked something.
-        asked = shipped_seeds()[:: 216 // family.chats][: family.chats]
+        asked = asked_prompts(family)
         turns = [[{"role": "user", "content": seed.text}] for seed in asked]
         prompts = [encode(tokenizer, prompt_text(tokenizer, t, False)) for t in turns]
     else:
