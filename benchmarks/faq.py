@@ -177,10 +177,11 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
     generator = family.sibling if kind == "family" else "self"
     if generator is None:
         raise typer.BadParameter(f"{family.name} has no larger sibling here")
-    seeds = passages(0)
     if kind == "prompts":
         measured = asked_prompts(family)
         seeds = [prompt for prompt in shipped_seeds() if prompt not in measured]
+    else:
+        seeds = passages(0)
     candidates = 1 if selector == "single" else family.candidates
     selector = "expert_nll" if selector in ("", "single") else selector
     options = FAQOptions(

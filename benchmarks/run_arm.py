@@ -33,6 +33,8 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
     if arm.method != "full_precision":
         rows = calibration_rows(tokenizer, arm.seed, arm.rows, arm.length)
         cost = quantize(model, arm, group_size, rows)
+        put_weights_on_grid(model)
+        model.set_attn_implementation("sdpa")
     found: dict[str, Any] = {
         "quality": quality(model, arm),
         "scores": task_scores(model, tokenizer, tasks) if tasks else {},
@@ -47,16 +49,9 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
 
 
 def quality(model: PreTrainedModel, arm: Arm) -> dict[str, dict[str, float]]:
-    """
-    Loss per token, and divergence from full precision, by text. Weights are put on
-    their grid for good, or every forward pass would do it again.
-    """
-    for module in model.modules():
-        if getattr(module, "quantization_scheme", None):
-            put_on_grid(module)
+    """Loss per token, and divergence from full precision, by text."""
     tokenizer = AutoTokenizer.from_pretrained(arm.model)
     reference = load(arm.model)
-    model.set_attn_implementation("sdpa")
     found = {}
     for name in FILES:
         rows = evaluation_rows(tokenizer, name, arm.evaluation_rows, EVALUATION_LENGTH)
@@ -67,14 +62,15 @@ def quality(model: PreTrainedModel, arm: Arm) -> dict[str, dict[str, float]]:
     return found
 
 
-def put_on_grid(module: torch.nn.Module) -> None:
-    """Rounds a module's weight, and marks it so that its forward leaves it alone."""
-    args = module.quantization_scheme.weights
-    if args is not None and module.quantization_status < QuantizationStatus.COMPRESSED:
-        module.weight.data = forward_quantize(
-            module, module.weight.data, "weight", args
-        )
-        module.quantization_status = QuantizationStatus.COMPRESSED
+def put_weights_on_grid(model: PreTrainedModel) -> None:
+    """Rounds all weights for good, or every forward pass would do it again."""
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            module.weight.data = forward_quantize(
+                module, module.weight.data, "weight", scheme.weights
+            )
+            module.quantization_status = QuantizationStatus.COMPRESSED
 
 
 def load(model: str) -> PreTrainedModel:
