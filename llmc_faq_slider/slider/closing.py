@@ -51,8 +51,8 @@ RETRY_RATE = 0.1
 class ClosingSettings:
     """
     :param epochs: passes over the calibration rows
-    :param learning_rate: AdamW's first one for the factors on the scales; it decays
-        linearly to zero
+    :param learning_rate: AdamW's first one for the factors on the scales, in steps that
+        it moves a linear's largest code; it decays linearly to zero
     """
 
     epochs: int
@@ -86,7 +86,7 @@ class _ScaleTuning:
         self,
         calls: DecoderCalls,
         head: OutputHead,
-        factors: list[Tensor],
+        linears: list[TunedLinear],
         hidden: list[Tensor],
         targets: list[Tensor],
         settings: ClosingSettings,
@@ -96,7 +96,8 @@ class _ScaleTuning:
     ):
         self.calls = calls
         self.head = head
-        self.factors = factors
+        self.linears = linears
+        self.factors = [linear.factor for linear in linears]
         self.hidden = hidden
         self.targets = targets
         self.settings = settings
@@ -111,7 +112,11 @@ class _ScaleTuning:
         size, epochs = self.settings.batch_size, self.settings.epochs
         batches = epoch_batches(self.tokens.lengths, size, epochs, self.settings.seed)
         rate = self.settings.learning_rate * RETRY_RATE**attempt
-        optimizer = torch.optim.AdamW(self.factors, rate, weight_decay=0.0)
+        groups = [
+            {"params": [linear.factor], "lr": rate / linear.largest_code}
+            for linear in self.linears
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         schedule = linear_decay(optimizer, len(batches))
         half = self.hidden[0].dtype == torch.float16
         scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -203,7 +208,7 @@ def tune_scales(
     tuning = _ScaleTuning(
         calls,
         head,
-        [linear.factor for layer in linears.values() for linear in layer.values()],
+        [linear for layer in linears.values() for linear in layer.values()],
         hidden,
         targets,
         settings,

@@ -136,7 +136,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param closing_epochs: passes in which all scales are tuned together on the model's
         next-token distribution, after the last window; 0 for none. A departure from the
         paper
-    :param closing_lr: AdamW's first learning rate for the factors on the scales
+    :param closing_lr: AdamW's first learning rate for the factors on the scales, in
+        grid steps of a linear's largest code (2, 4 and 8 steps from zero at 2, 3 and 4
+        bits): a rate that suits two bits would shake four-bit weights apart
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
     :param rounding_travel: how far the offset of a weight before rounding can travel in
@@ -177,7 +179,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     preset: Literal["fast", "default", "best"] = "default"
     epochs: int = Field(default=PRESETS["default"]["epochs"], ge=1)
     closing_epochs: int = Field(default=PRESETS["default"]["closing_epochs"], ge=0)
-    closing_lr: float = Field(default=3e-3, gt=0)
+    closing_lr: float = Field(default=6e-3, gt=0)
     batch_size: int = Field(default=4, ge=1)
     low_rank: int = Field(default=4, ge=0)
     rounding_travel: float = Field(default=0.2, ge=0)

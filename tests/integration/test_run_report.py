@@ -78,7 +78,7 @@ def test_every_stage_of_ours_is_in_it_and_equal_runs_write_the_same(
 
 
 def test_a_closing_pass_that_keeps_its_start_is_reported(small_model, tmp_path):
-    stage = SliderQuantModifier(**FIELDS, closing_epochs=1, closing_lr=30.0)
+    stage = SliderQuantModifier(**FIELDS, closing_epochs=1, closing_lr=300.0)
     quantize(
         load(small_model),
         stage,
