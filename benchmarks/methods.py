@@ -9,10 +9,19 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from transformers import AutoConfig
 
 from llmc_faq_slider import SliderQuantModifier
 
-__all__ = ["METHODS", "Arm", "config_groups", "quantizes_inputs", "stages"]
+__all__ = [
+    "METHODS",
+    "Arm",
+    "config_groups",
+    "ends_at_four_bits",
+    "quantizes_inputs",
+    "stages",
+]
 
 METHODS = {
     "full_precision": "full precision",
@@ -26,6 +35,8 @@ METHODS = {
     "slider_fast": "SliderQuant, fast",
     "slider": "SliderQuant",
     "slider_best": "SliderQuant, best",
+    "slider_ends_w4": "SliderQuant, two layers at each end in 4 bits",
+    "spinquant_slider": "SpinQuant + SliderQuant",
 }
 
 # Appendix Table A, but for the epochs: those of our default windows, so that both cost
@@ -87,6 +98,17 @@ def config_groups(scheme: str, group_size: int) -> dict[str, Any]:
     return {"group_0": group}
 
 
+def ends_at_four_bits(
+    groups: dict[str, Any], layers: int, count: int = 2
+) -> dict[str, Any]:
+    """Config groups in which the first and last ``count`` layers have 4-bit weights."""
+    indices = [*range(count), *range(layers - count, layers)]
+    pattern = rf"re:.*layers\.({'|'.join(map(str, indices))})\..*_proj$"
+    group = groups["group_0"]
+    four_bits = group["weights"] | {"num_bits": 4}
+    return {"ends": group | {"targets": [pattern], "weights": four_bits}} | groups
+
+
 def stages(arm: Arm, group_size: int) -> list[Modifier]:
     """The recipe of an arm; settings of an arm go to its last stage."""
     fields: dict[str, Any] = {
@@ -120,4 +142,13 @@ def stages(arm: Arm, group_size: int) -> list[Modifier]:
                 arm.method.removeprefix("slider_") if "_" in arm.method else "default"
             )
             return [SliderQuantModifier(preset=preset, **slider)]
+        case "slider_ends_w4":
+            layers = AutoConfig.from_pretrained(arm.model).num_hidden_layers
+            groups = ends_at_four_bits(slider["config_groups"], layers)
+            return [SliderQuantModifier(**slider | {"config_groups": groups})]
+        case "spinquant_slider":
+            rotation = SpinQuantModifier(
+                rotations=["R1", "R2"], transform_type="random-hadamard"
+            )
+            return [rotation, SliderQuantModifier(**slider)]
     raise ValueError(f"unknown method {arm.method}; known: {', '.join(METHODS)}")

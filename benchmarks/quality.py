@@ -45,6 +45,8 @@ def methods_for(scheme: str) -> list[str]:
         "slider_fixed",
         "slider_fast",
         "slider",
+        *(["slider_ends_w4"] if scheme == "W2A16" else []),
+        *(["spinquant_slider"] if scheme == "W4A4" else []),
     ]
 
 

@@ -1,12 +1,13 @@
 """Arms of the benchmarks are measured once, and again when what they run changes."""
 
+import re
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
 
-from benchmarks import methods, run_arm, runner
+from benchmarks import methods, quality, run_arm, runner
 from benchmarks.methods import Arm
 
 SMALL = str(Path(__file__).parents[1] / "models" / "small")
@@ -53,3 +54,25 @@ def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "stages", other_stages)
     runner.run_arms(arms, tmp_path, 1, 64, [])
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize("scheme", quality.SCHEMES)
+def test_every_method_of_a_scheme_has_a_recipe(scheme):
+    for method in quality.methods_for(scheme):
+        assert method in methods.METHODS
+        *_, last = methods.stages(Arm(SMALL, scheme, method, 0, 2, 8, 2), 64)
+        bits = {group.weights.num_bits for group in last.config_groups.values()}
+        assert bits == ({2, 4} if method == "slider_ends_w4" else {int(scheme[1])})
+
+
+def test_the_layers_at_the_ends_get_four_bits():
+    groups = methods.config_groups("W2A16", 64)
+    ends = methods.ends_at_four_bits(groups, layers=12)["ends"]
+    (target,) = ends["targets"]
+    found = [
+        index
+        for index in range(12)
+        if re.match(target[3:], f"model.layers.{index}.mlp.up_proj")
+    ]
+    assert found == [0, 1, 10, 11]
+    assert ends["weights"] == groups["group_0"]["weights"] | {"num_bits": 4}
