@@ -154,15 +154,23 @@ def markdown(summary: list[dict], seeds: int) -> str:
 
 def verdicts(summary: list[dict]) -> list[tuple[str, bool]]:
     """Each bound as a sentence, and whether it holds."""
-    losses = {(row["scheme"], row["method"]): row["loss"] for row in summary}
+    rows = {(row["scheme"], row["method"]): row for row in summary}
     found = []
+
+    def compare(scheme: str, ours: str, what: str, other: str, bound: float) -> None:
+        if (scheme, ours) in rows and (scheme, other) in rows:
+            share = rows[scheme, ours][what] / rows[scheme, other][what]
+            sentence = (
+                f"{scheme}, {what} of {METHODS[ours]}: {share:.2f} x {METHODS[other]} "
+                f"(at most {bound})"
+            )
+            found.append((sentence, share <= bound))
+
     for scheme, bounds in BOUNDS.items():
         for method, bound in bounds.items():
-            if (scheme, method) in losses and (scheme, "slider") in losses:
-                share = losses[scheme, "slider"] / losses[scheme, method]
-                holds = losses[scheme, "slider"] <= bound * losses[scheme, method]
-                text = f"{scheme}: {share:.2f} x {METHODS[method]} (at most {bound})"
-                found.append((text, holds))
+            compare(scheme, "slider", "loss", method, bound)
+        compare(scheme, "slider_fast", "loss", "gptq", 1.0)
+        compare(scheme, "slider_fast", "cpu_s", "autoround", 1.0)
     return found
 
 
