@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rounding_travel_0.4": {"rounding_travel": 0.4},
     "rounding_travel_0.1": {"rounding_travel": 0.1},
     "no_low_rank": {"low_rank": 0},
+    "visit_decay_0": {"visit_decay": 0.0},
+    "visit_decay_0_fixed_windows": NO_ENDS | {"visit_decay": 0.0},
     "rank_16": {"low_rank": 16},
     "low_rank_lr_3e-3": {"low_rank_lr": 3e-3},
     "clipping_lr_3e-2": {"clipping_lr": 3e-2},

@@ -50,6 +50,7 @@ PAPER: dict[str, Any] = {
     "low_rank_lr": 1e-4,
     "clipping_lr": 1e-2,
     "channel_scale_lr": 1e-3,
+    "visit_decay": 0.0,
 }
 
 

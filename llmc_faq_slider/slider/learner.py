@@ -32,7 +32,7 @@ from llmc_faq_slider.slider.memory import RowLimit
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import LinearGrids, StudentLayer
 from llmc_faq_slider.slider.window_training import learn_window
-from llmc_faq_slider.slider.windows import Window
+from llmc_faq_slider.slider.windows import Window, visit_numbers
 
 __all__ = [
     "Learned",
@@ -228,6 +228,7 @@ class _Walk:
             result = learn_window(
                 self.decoder,
                 window,
+                visit_numbers(self.windows, number),
                 dict(zip(self.sweeps[sweep], epochs[first:], strict=False)),
                 self.settings,
                 bar,

@@ -32,14 +32,15 @@ class LearningSettings:
     :param epochs: passes over the calibration rows per window, shared by its stages
     :param batch_size: rows per optimiser step
     :param low_rank: rank of the low-rank update, 0 for none
-    :param rounding_travel: how far a rounding offset can travel in one window and
-        stage, in steps of the weight grid; 0 learns no offsets
+    :param rounding_travel: how far a rounding offset can travel in a layer's
+        first window, per stage, in steps of the weight grid; 0 learns no offsets
     :param channel_scales: learn channel scales where they fold; ``auto`` does so in
         layers with quantised inputs
     :param smoothing_strength: share of the spread of a linear's inputs that its channel
         scales move into its weights at the start
     :param learning_rates: AdamW's first learning rate per kind of learnable; it decays
         linearly to zero within each window and stage
+    :param visit_decay: at the k-th visit of a layer, ``k^-visit_decay`` of its rates
     :param compute_dtype: dtype of the student's matrix products
     :param seed: seeds low-rank starts and the order of rows
     """
@@ -53,6 +54,7 @@ class LearningSettings:
     channel_scales: bool | Literal["auto"]
     smoothing_strength: float | Literal["auto"]
     learning_rates: dict[Kind, float]
+    visit_decay: float
     compute_dtype: torch.dtype
     seed: int
 

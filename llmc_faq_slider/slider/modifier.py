@@ -142,8 +142,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
     :param rounding_travel: how far the offset of a weight before rounding can travel in
-        one window, in steps of the weight grid; 0 learns no offsets. A departure from
-        the paper; 0.2 won in docs/experiments.md
+        its first window, in steps of the weight grid; 0 learns no offsets. A departure
+        from the paper; 0.2 won in docs/experiments.md
     :param channel_scales: learn channel scales where they fold exactly. ``auto`` does
         so in layers with quantised inputs: for weights alone they cost a fifth of the
         time and change nothing (docs/experiments.md)
@@ -154,6 +154,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param low_rank_lr: AdamW's first learning rate for the low-rank update
     :param clipping_lr: the same for the clipping logits
     :param channel_scale_lr: the same for the channel scales
+    :param visit_decay: a layer's rates at its k-th visit are k^-visit_decay of these; 0
+        keeps them, as the paper does. Layers at the ends, which four windows learn,
+        otherwise learn the calibration text by heart (docs/experiments.md)
     :param compute_dtype: dtype of the student's matrix products; learned tensors, loss
         and rounding are always fp32
     :param seed: seeds the low-rank starts and the order of rows
@@ -188,6 +191,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     low_rank_lr: float = Field(default=1e-2, ge=0)
     clipping_lr: float = Field(default=1e-2, ge=0)
     channel_scale_lr: float = Field(default=3e-3, ge=0)
+    visit_decay: float = Field(default=1.0, ge=0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
     loss_on_responses: bool = False
@@ -392,6 +396,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 "clipping": self.clipping_lr,
                 "channel_scale": self.channel_scale_lr,
             },
+            visit_decay=self.visit_decay,
             compute_dtype=getattr(torch, self.compute_dtype),
             seed=self.seed,
         )

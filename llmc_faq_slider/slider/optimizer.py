@@ -4,6 +4,7 @@ Also what an optimiser has to remember when a run stops between two of its steps
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,12 @@ class SignDescent(torch.optim.Optimizer):
     :param lr: in steps of the weight grid
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, limit: float = 0.5):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        limit: float = 0.5,
+    ):
         super().__init__(parameters, {"lr": lr, "limit": limit})
 
     @torch.no_grad()
@@ -47,26 +53,31 @@ class SignDescent(torch.optim.Optimizer):
 
 
 def student_optimizers(
-    students: list[StudentLayer], settings: LearningSettings, steps: int, share: float
+    students: list[tuple[StudentLayer, float]], settings: LearningSettings, steps: int
 ) -> list[torch.optim.Optimizer]:
     """
     AdamW without weight decay, and sign descent for rounding offsets.
 
-    :param share: of the learning rates
+    :param students: each with its share of the learning rates
     """
-    groups = []
-    for kind, rate in settings.learning_rates.items():
-        parameters = [p for student in students for p in student.parameters(kind)]
-        if parameters:
-            groups.append({"params": parameters, "lr": share * rate})
+    # Rates that fall linearly to zero add up to half of the first one per step.
+    offset_rate = 2 * settings.rounding_travel / max(1, steps)
+    groups = [
+        {"params": student.parameters(kind), "lr": share * rate}
+        for kind, rate in settings.learning_rates.items()
+        for student, share in students
+        if student.parameters(kind)
+    ]
+    offsets = [
+        {"params": student.parameters("rounding"), "lr": share * offset_rate}
+        for student, share in students
+        if student.parameters("rounding")
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
-    offsets = [p for student in students for p in student.parameters("rounding")]
     if offsets:
-        # Rates that fall linearly to zero add up to half of the first one per step.
-        rate = 2 * share * settings.rounding_travel / max(1, steps)
-        optimizers.append(SignDescent(offsets, rate))
+        optimizers.append(SignDescent(offsets, offset_rate))
     return optimizers
 
 

@@ -49,6 +49,7 @@ class _Training:
         self,
         decoder: Decoder,
         window: Window,
+        visits: Mapping[int, int],
         epochs: Mapping[float, int],
         settings: LearningSettings,
         bar: tqdm,
@@ -57,6 +58,11 @@ class _Training:
         self.decoder = decoder
         self.window = window
         self.students = decoder.window_students(window)
+        self.shares = [
+            visits[layer] ** -settings.visit_decay
+            for layer in window.layers
+            if layer in decoder.students
+        ]
         self.epochs = epochs
         self.settings = settings
         self.bar = bar
@@ -97,9 +103,9 @@ class _Training:
         decay). With rates that fall to zero the end is the best state but for noise.
         """
         batches = self._batches(epochs)
-        rate = RETRY_RATE**attempt
+        shares = [share * RETRY_RATE**attempt for share in self.shares]
         optimizers = student_optimizers(
-            self.students, self.settings, len(batches), rate
+            list(zip(self.students, shares, strict=True)), self.settings, len(batches)
         )
         schedules = [linear_decay(optimizer, len(batches)) for optimizer in optimizers]
         # Gradients of fp16 hidden states would vanish; elsewhere it does nothing.
@@ -226,6 +232,7 @@ def _under(prefix: str, unfinished: Unfinished) -> dict[str, Tensor]:
 def learn_window(
     decoder: Decoder,
     window: Window,
+    visits: Mapping[int, int],
     epochs: Mapping[float, int],
     settings: LearningSettings,
     bar: tqdm,
@@ -238,6 +245,7 @@ def learn_window(
     A loss that is not finite puts the start back, and the window begins anew at a tenth
     of the rates, twice at most.
 
+    :param visits: the how manieth window this is for each of its layers, from 1 on
     :param epochs: passes over the rows by intra-layer ratio, in order
     :param unfinished: where an earlier run was stopped inside this window
     :raises Stopped: between two steps, when ``stop`` is set
@@ -245,7 +253,7 @@ def learn_window(
     students = decoder.window_students(window)
     if not students:
         return WindowResult(window, 0.0, 0.0, 0.0)
-    training = _Training(decoder, window, epochs, settings, bar, stop)
+    training = _Training(decoder, window, visits, epochs, settings, bar, stop)
     final_ratio = max(epochs)
     start_loss = training.judge(final_ratio)
     start = [student.state() for student in students]

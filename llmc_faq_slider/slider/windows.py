@@ -15,7 +15,7 @@ part is visited ``size / stride`` times.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Window", "window_schedule"]
+__all__ = ["Window", "visit_numbers", "window_schedule"]
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,16 @@ def window_schedule(
         for start in range(num_layers - deep, num_layers)
     ]
     return windows
+
+
+def visit_numbers(windows: list[Window], number: int) -> dict[int, int]:
+    """
+    The how manieth visit window ``number`` is to each of its layers.
+
+    :param windows: in training order
+    :return: 1 for the first visit, by layer
+    """
+    return {
+        layer: sum(layer in window.layers for window in windows[: number + 1])
+        for layer in windows[number].layers
+    }

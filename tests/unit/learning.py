@@ -23,6 +23,7 @@ def settings(**changes):
         channel_scales=True,
         smoothing_strength=0.5,
         learning_rates={"low_rank": 1e-3, "clipping": 1e-2, "channel_scale": 1e-3},
+        visit_decay=0.0,
         compute_dtype=torch.float32,
         seed=0,
     )

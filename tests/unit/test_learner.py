@@ -28,6 +28,18 @@ def test_learning_lowers_the_loss_of_every_window(model):
     assert all(result.loss < result.start_loss for result in results)
 
 
+@pytest.mark.parametrize("order", ["window", "sweep"])
+def test_later_visits_have_lower_rates(model, order):
+    arguments = {"stage_order": order, "ratio": 1.0, "epochs": 20}
+    kept, _ = learn(model, rows_of([16] * 8), **arguments)
+    # The second visit would have 1e-9 of the rates: nothing is left to learn.
+    decayed, _ = learn(model, rows_of([16] * 8), visit_decay=30.0, **arguments)
+    assert kept[0].loss == decayed[0].loss < kept[0].start_loss
+    last = decayed[-1]
+    assert last.loss == pytest.approx(last.start_loss, rel=1e-3)
+    assert kept[-1].loss < 0.99 * kept[-1].start_loss
+
+
 def test_a_worse_end_is_replaced_by_the_start(model):
     wild = {"low_rank": 50.0, "clipping": 50.0, "channel_scale": 50.0}
     results, committed = learn(model, rows_of([16] * 4), learning_rates=wild)

@@ -4,7 +4,7 @@ import pytest
 from generated import cases
 from hypothesis import strategies as st
 
-from llmc_faq_slider.slider.windows import window_schedule
+from llmc_faq_slider.slider.windows import visit_numbers, window_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -80,6 +80,14 @@ def test_windows_of_three_share_two_layers_with_their_neighbours():
 def test_fixed_windows_only():
     windows = window_schedule(32, shallow_layers=0, deep_layers=0)
     assert len(windows) == 31 and {len(w) for w in windows} == {2}
+
+
+def test_visits_are_numbered_from_one():
+    windows = window_schedule(10)
+    assert visit_numbers(windows, 0) == {0: 1}
+    assert visit_numbers(windows, 3) == {0: 4, 1: 3, 2: 2, 3: 1}
+    last = visit_numbers(windows, len(windows) - 1)
+    assert last == {9: visits(windows, 10)[9]}
 
 
 @pytest.mark.parametrize(
