@@ -19,6 +19,7 @@ __all__ = [
     "Arm",
     "config_groups",
     "ends_at_four_bits",
+    "measures_weights_alone",
     "quantizes_inputs",
     "stages",
 ]
@@ -70,6 +71,14 @@ class Arm:
 
 def quantizes_inputs(scheme: str) -> bool:
     return "A16" not in scheme
+
+
+def measures_weights_alone(scheme: str, method: str) -> bool:
+    """
+    Whether the arm is also measured with unquantised inputs, as W4A16 beside W4A8:
+    these methods leave inputs out when they choose weights, so both have the same.
+    """
+    return scheme.endswith("A8") and method in ("nearest", "gptq", "autoround")
 
 
 def config_groups(scheme: str, group_size: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.methods import METHODS, Arm, quantizes_inputs
+from benchmarks.methods import METHODS, Arm, measures_weights_alone, quantizes_inputs
 from benchmarks.runner import Result, group_size_for, run_arms
 from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
 
@@ -41,12 +41,10 @@ def methods_for(scheme: str) -> list[str]:
         *(["smoothquant_gptq"] if quantizes_inputs(scheme) else []),
         *(["awq"] if torch.cuda.is_available() else []),
         *(["autoround"] if "A4" not in scheme else []),
-        "slider_paper",
+        *(["slider_paper"] if scheme in ("W4A16", "W2A16") else []),
         "slider_fixed",
         "slider_fast",
         "slider",
-        *(["slider_ends_w4"] if scheme == "W2A16" else []),
-        *(["spinquant_slider"] if scheme == "W4A4" else []),
     ]
 
 
@@ -69,20 +67,13 @@ def small_or_real(model: str) -> str:
 
 
 def without_twins(arms: list[Arm]) -> list[Arm]:
-    """
-    Arms less those that another one measures on the way: llm-compressor's AutoRound
-    leaves dynamic inputs out of its training, so W4A8 has the weights of W4A16.
-    """
-    learned = {
-        (weights_alone(arm.scheme), arm.seed)
+    """Arms less those that another one measures on the way."""
+    twins = {
+        (weights_alone(arm.scheme), arm.method, arm.seed)
         for arm in arms
-        if arm.method == "autoround" and quantizes_inputs(arm.scheme)
+        if measures_weights_alone(arm.scheme, arm.method)
     }
-    return [
-        arm
-        for arm in arms
-        if arm.method != "autoround" or (arm.scheme, arm.seed) not in learned
-    ]
+    return [arm for arm in arms if (arm.scheme, arm.method, arm.seed) not in twins]
 
 
 def twin(result: Result) -> Result | None:
@@ -181,34 +172,39 @@ def main(
     schemes: Annotated[str, typer.Option()] = ",".join(SCHEMES),
     methods: Annotated[str, typer.Option(help="default: all for a scheme")] = "",
     seeds: Annotated[int, typer.Option()] = 3,
-    rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
+    rows: Annotated[int, typer.Option(help="calibration rows")] = 80,
     length: Annotated[int, typer.Option(help="tokens per row")] = 128,
     evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 8,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench",
-    quick: Annotated[bool, typer.Option(help="W4A16 and W3A16, one seed")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="W4A16 and W3A16, one seed, rows of 64 tokens")
+    ] = False,
 ) -> None:
     """Runs all arms, prints the table and checks the bounds."""
     folder = small_or_real(model)
     if quick:
-        schemes, seeds = "W4A16,W3A16", 1
+        schemes, seeds, length = "W4A16,W3A16", 1, 64
         methods = methods or "gptq,autoround,slider"
 
     def arm(scheme: str, method: str, seed: int) -> Arm:
         return Arm(folder, scheme, method, seed, rows, length, evaluation_rows)
 
-    arms = [arm("W16A16", "full_precision", 0)]
+    baseline = arm("W16A16", "full_precision", 0)
+    arms = [baseline]
     for seed in range(seeds):
         for scheme in schemes.split(","):
             for method in methods.split(",") if methods else methods_for(scheme):
                 if seed in seeds_of(scheme, method, seeds):
                     arms.append(arm(scheme, method, seed))
-    arms = without_twins(arms)
+    # The longest first, or the last one runs alone.
+    arms = sorted(without_twins(arms), key=lambda arm: arm.method != "autoround")
     target = output / Path(folder).name
     size = group_size_for(folder)
     chosen = [task for task in tasks.split(",") if task]
-    full, *results = run_arms(arms, target, jobs, size, chosen)
+    results = run_arms(arms, target, jobs, size, chosen)
+    full = results.pop(arms.index(baseline))
     results += filter(None, map(twin, results))
 
     summary = summarize(full, results)

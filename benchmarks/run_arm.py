@@ -17,7 +17,7 @@ from datasets import Dataset
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.methods import Arm, quantizes_inputs, stages
+from benchmarks.methods import Arm, measures_weights_alone, stages
 from benchmarks.texts import FILES, calibration_rows, evaluation_rows
 from llmc_faq_slider import oneshot
 from llmc_faq_slider.report.perplexity import kl_divergence, next_token_loss
@@ -40,7 +40,7 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
         "scores": task_scores(model, tokenizer, tasks) if tasks else {},
         "cost": cost,
     }
-    if arm.method == "autoround" and quantizes_inputs(arm.scheme):
+    if measures_weights_alone(arm.scheme, arm.method):
         for module in model.modules():
             if scheme := getattr(module, "quantization_scheme", None):
                 scheme.input_activations = None

@@ -1,6 +1,7 @@
 """Arms of the benchmarks are measured once, and again when what they run changes."""
 
 import re
+from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -25,7 +26,8 @@ def runs(monkeypatch):
         return CompletedProcess(command, 0)
 
     def random_rows(_tokenizer, _name_or_seed, count, length):
-        return torch.randint(0, 100, (count, length))
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 100, (count, length), generator=generator)
 
     monkeypatch.setattr(runner.subprocess, "run", in_this_process)
     monkeypatch.setattr(run_arm, "calibration_rows", random_rows)
@@ -58,7 +60,8 @@ def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scheme", quality.SCHEMES)
 def test_every_method_of_a_scheme_has_a_recipe(scheme):
-    for method in quality.methods_for(scheme):
+    extra = {"W2A16": ["slider_ends_w4"], "W4A4": ["spinquant_slider"]}
+    for method in quality.methods_for(scheme) + extra.get(scheme, []):
         assert method in methods.METHODS
         *_, last = methods.stages(Arm(SMALL, scheme, method, 0, 2, 8, 2), 64)
         bits = {group.weights.num_bits for group in last.config_groups.values()}
@@ -76,3 +79,24 @@ def test_the_layers_at_the_ends_get_four_bits():
     ]
     assert found == [0, 1, 10, 11]
     assert ends["weights"] == groups["group_0"]["weights"] | {"num_bits": 4}
+
+
+def test_weights_that_serve_two_schemes_are_measured_once():
+    arms = [
+        Arm(SMALL, scheme, method, 0, 2, 8, 2)
+        for scheme in ("W4A16", "W4A8", "W4A4")
+        for method in ("gptq", "slider")
+    ]
+    left = [(arm.scheme, arm.method) for arm in quality.without_twins(arms)]
+    assert left == [
+        ("W4A16", "slider"),
+        *product(("W4A8", "W4A4"), ("gptq", "slider")),
+    ]
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_measured_on_the_way_is_what_an_arm_of_its_own_measures(runs, tmp_path, method):
+    arms = [Arm(SMALL, s, method, 0, 2, 8, 2) for s in ("W4A16", "W4A8")]
+    alone, both = runner.run_arms(arms, tmp_path, 1, 64, [])
+    assert quality.twin(both)["quality"] == alone["quality"]
+    assert quality.twin(alone) is None
