@@ -128,17 +128,18 @@ def summarize(full: Result, results: list[Result]) -> list[dict[str, object]]:
 
 
 def markdown(summary: list[dict], seeds: int) -> str:
-    lines = [
-        "| scheme | method | loss | in domain | out of domain | KL | CPU s | MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    tasks = list(summary[0]["scores"])
+    columns = ["scheme", "method", "loss", "in domain", "out of domain", "KL"]
+    columns += ["CPU s", "MB", *tasks]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in summary:
+        scores = "".join(f" {row['scores'][task]:.3f} |" for task in tasks)
         spread = f" ± {row['spread']:.3f}" if seeds > 1 and row["spread"] else ""
         lines.append(
             f"| {row['scheme']} | {METHODS[row['method']]} "
             f"| {row['loss']:.3f}{spread} | {row['in_domain']:.3f} "
             f"| {row['out_of_domain']:.3f} | {row['kl']:.3f} "
-            f"| {row['cpu_s']:.0f} | {row['peak_mb']:.0f} |"
+            f"| {row['cpu_s']:.0f} | {row['peak_mb']:.0f} |{scores}"
         )
     return "\n".join(lines) + "\n"
 

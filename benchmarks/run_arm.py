@@ -108,17 +108,23 @@ def quantize(
 def task_scores(
     model: PreTrainedModel, tokenizer: Any, tasks: list[str]
 ) -> dict[str, float]:
-    """Accuracy per lm-eval task."""
+    """Accuracy per lm-eval task, normalised by length where the task has that."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         sys.exit("--tasks needs lm-eval: pip install 'llmc-faq-slider[eval]'")
     found = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=tasks)
-    return {
-        task: float(values.get("acc_norm,none", values.get("acc,none")))
-        for task, values in found["results"].items()
-    }
+    scores = {}
+    for task, values in found["results"].items():
+        accuracy = values.get("acc_norm,none", values.get("acc,none"))
+        if accuracy is None:
+            sys.exit(
+                f"--tasks: {task} has no accuracy, but {', '.join(values)}. Name tasks "
+                "with one, such as arc_easy or hellaswag."
+            )
+        scores[task] = float(accuracy)
+    return scores
 
 
 def measure(request: Path, target: Path) -> None:
