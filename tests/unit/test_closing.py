@@ -38,13 +38,13 @@ def tuned_linears(layers, grid, input_grid=None):
     }
 
 
-def close(model, rows, grid, rate, input_grid=None):
+def close(model, rows, grid, rate, input_grid=None, epochs=4, batch_size=4):
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows, CPU)
     with torch.no_grad():
         targets = [calls.run_span(range(len(layers)), row) for row in hidden]
     linears = tuned_linears(layers, grid, input_grid)
-    settings = ClosingSettings(4, rate, 4, torch.float32, 0)
+    settings = ClosingSettings(epochs, rate, batch_size, torch.float32, 0)
     with frozen(model):
         head = OutputHead(model, calls, hidden[0])
         result = tune_scales(calls, head, linears, hidden, targets, settings, CPU)
@@ -69,6 +69,16 @@ def test_codes_stand_and_the_divergence_falls(model, rows, grid):
         codes = grid.grouped(before.weight) / before.scale.unsqueeze(-1)
         tuned = grid.grouped(after.weight) / after.scale.unsqueeze(-1)
         assert torch.equal(codes.round(), tuned.round())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rates_are_in_steps_of_the_largest_code(model, rows, bits):
+    grid = WeightGrid(bits, True, 16, torch.float32)
+    result, linears = close(model, rows, grid, 1e-3, epochs=1, batch_size=len(rows))
+    assert not result.kept_start
+    # AdamW's first step is its rate, whatever the gradient.
+    moved = max(abs(x.factor - 1).max().item() for x in linears[0].values())
+    assert moved * 2 ** (bits - 1) == pytest.approx(1e-3, rel=0.01)
 
 
 def test_scales_that_end_worse_are_put_back(model, rows):
