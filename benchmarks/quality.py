@@ -77,11 +77,11 @@ def without_twins(arms: list[Arm]) -> list[Arm]:
 
 
 def twin(result: Result) -> Result | None:
-    """The result of the same weights with unquantised inputs, if it was measured."""
-    if "quality_weights_alone" not in result:
+    """What the same weights reach with unquantised inputs, if it was measured."""
+    if "weights_alone" not in result:
         return None
     arm = result["arm"] | {"scheme": weights_alone(result["arm"]["scheme"])}
-    return result | {"arm": arm, "quality": result["quality_weights_alone"]}
+    return result | {"arm": arm} | result["weights_alone"]
 
 
 def weights_alone(scheme: str) -> str:

@@ -35,16 +35,17 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
         cost = quantize(model, arm, group_size, rows)
         put_weights_on_grid(model)
         model.set_attn_implementation("sdpa")
-    found: dict[str, Any] = {
-        "quality": quality(model, arm),
-        "scores": task_scores(model, tokenizer, tasks) if tasks else {},
-        "cost": cost,
-    }
+
+    def measured() -> dict[str, Any]:
+        scores = task_scores(model, tokenizer, tasks) if tasks else {}
+        return {"quality": quality(model, arm), "scores": scores}
+
+    found = measured() | {"cost": cost}
     if measures_weights_alone(arm.scheme, arm.method):
         for module in model.modules():
             if scheme := getattr(module, "quantization_scheme", None):
                 scheme.input_activations = None
-        found["quality_weights_alone"] = quality(model, arm)
+        found["weights_alone"] = measured()
     return found
 
 
