@@ -245,7 +245,7 @@ def learn_window(
     A loss that is not finite puts the start back, and the window begins anew at a tenth
     of the rates, twice at most.
 
-    :param visits: the how manieth window this is for each of its layers, from 1 on
+    :param visits: which visit this is to each of the window's layers, from 1 on
     :param epochs: passes over the rows by intra-layer ratio, in order
     :param unfinished: where an earlier run was stopped inside this window
     :raises Stopped: between two steps, when ``stop`` is set

@@ -102,10 +102,10 @@ def window_schedule(
 
 def visit_numbers(windows: list[Window], number: int) -> dict[int, int]:
     """
-    The how manieth visit window ``number`` is to each of its layers.
+    Which visit window ``number`` is to each of its layers.
 
     :param windows: in training order
-    :return: 1 for the first visit, by layer
+    :return: 1 for a layer's first visit, 2 for its second, ...
     """
     return {
         layer: sum(layer in window.layers for window in windows[: number + 1])

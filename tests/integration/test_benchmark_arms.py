@@ -100,3 +100,18 @@ def test_measured_on_the_way_is_what_an_arm_of_its_own_measures(runs, tmp_path, 
     alone, both = runner.run_arms(arms, tmp_path, 1, 64, [])
     assert quality.twin(both)["quality"] == alone["quality"]
     assert quality.twin(alone) is None
+
+
+def test_the_digest_changes_with_code_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    source = tmp_path / "llmc_faq_slider" / "slider" / "windows.py"
+    source.parent.mkdir(parents=True)
+
+    def digest(text):
+        source.write_text(text)
+        return runner.source_digest()
+
+    plain = digest("def size():\n    return 2\n")
+    documented = '"""Sizes."""\n\ndef size():\n    """Two."""\n    return 2  # layers\n'
+    assert digest(documented) == plain
+    assert digest("def size():\n    return 3\n") != plain
