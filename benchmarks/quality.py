@@ -41,6 +41,7 @@ def methods_for(scheme: str) -> list[str]:
         *(["smoothquant_gptq"] if quantizes_inputs(scheme) else []),
         *(["awq"] if torch.cuda.is_available() else []),
         *(["autoround"] if "A4" not in scheme else []),
+        # Two schemes show it; all five would take the table beyond three hours.
         *(["slider_paper"] if scheme in ("W4A16", "W2A16") else []),
         "slider_fixed",
         "slider_fast",

@@ -113,7 +113,7 @@ class _ScaleTuning:
         batches = epoch_batches(self.tokens.lengths, size, epochs, self.settings.seed)
         rate = self.settings.learning_rate * RETRY_RATE**attempt
         groups = [
-            {"params": [linear.factor], "lr": rate / linear.largest_code}
+            {"params": [linear.factor], "lr": rate / -linear.grids.weight.q_min}
             for linear in self.linears
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

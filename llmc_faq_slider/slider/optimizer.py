@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmc_faq_slider.slider.learnables import Kind
 from llmc_faq_slider.slider.learning_state import LearningSettings
 from llmc_faq_slider.slider.student import StudentLayer
 
@@ -60,23 +61,21 @@ def student_optimizers(
 
     :param students: each with its share of the learning rates
     """
+
+    def groups(kind: Kind, rate: float) -> list[dict[str, Any]]:
+        return [
+            {"params": parameters, "lr": share * rate}
+            for student, share in students
+            if (parameters := student.parameters(kind))
+        ]
+
+    optimizers: list[torch.optim.Optimizer] = []
+    rates = settings.learning_rates.items()
+    if smooth := [group for kind, rate in rates for group in groups(kind, rate)]:
+        optimizers.append(torch.optim.AdamW(smooth, weight_decay=0.0))
     # Rates that fall linearly to zero add up to half of the first one per step.
     offset_rate = 2 * settings.rounding_travel / max(1, steps)
-    groups = [
-        {"params": student.parameters(kind), "lr": share * rate}
-        for kind, rate in settings.learning_rates.items()
-        for student, share in students
-        if student.parameters(kind)
-    ]
-    offsets = [
-        {"params": student.parameters("rounding"), "lr": share * offset_rate}
-        for student, share in students
-        if student.parameters("rounding")
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, weight_decay=0.0))
-    if offsets:
+    if offsets := groups("rounding", offset_rate):
         optimizers.append(SignDescent(offsets, offset_rate))
     return optimizers
 

@@ -33,11 +33,6 @@ class TunedLinear:
         self.codes = codes.to(torch.int8 if grid.num_bits < 8 else torch.int16)
         self.factor = torch.ones_like(self.scale).requires_grad_()
 
-    @property
-    def largest_code(self) -> int:
-        """Steps from zero to the end of a symmetric grid."""
-        return 2 ** (self.grids.weight.num_bits - 1)
-
     def tuned_scale(self) -> Tensor:
         """fp32 ``[out, groups]``, values that the checkpoint can hold."""
         return self.grids.weight.stored_scale(self.scale * self.factor)
