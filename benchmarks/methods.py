@@ -20,7 +20,6 @@ __all__ = [
     "config_groups",
     "ends_at_four_bits",
     "measures_weights_alone",
-    "quantizes_inputs",
     "stages",
 ]
 
@@ -67,10 +66,6 @@ class Arm:
     length: int
     evaluation_rows: int
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-def quantizes_inputs(scheme: str) -> bool:
-    return "A16" not in scheme
 
 
 def measures_weights_alone(scheme: str, method: str) -> bool:

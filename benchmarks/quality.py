@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.methods import METHODS, Arm, measures_weights_alone, quantizes_inputs
+from benchmarks.methods import METHODS, Arm, measures_weights_alone
 from benchmarks.runner import Result, group_size_for, run_arms
 from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
 
@@ -38,7 +38,7 @@ def methods_for(scheme: str) -> list[str]:
     return [
         "nearest",
         "gptq",
-        *(["smoothquant_gptq"] if quantizes_inputs(scheme) else []),
+        *(["smoothquant_gptq"] if "A4" in scheme else []),
         *(["awq"] if torch.cuda.is_available() else []),
         *(["autoround"] if "A4" not in scheme else []),
         # Two schemes show it; all five would take the table beyond three hours.
@@ -201,13 +201,16 @@ def main(
                 if seed in seeds_of(scheme, method, seeds):
                     arms.append(arm(scheme, method, seed))
     # The longest first, or the last one runs alone.
-    arms = sorted(without_twins(arms), key=lambda arm: arm.method != "autoround")
+    arms = sorted(
+        without_twins(arms),
+        key=lambda arm: (arm.method != "autoround", arm.method != "slider"),
+    )
     target = output / Path(folder).name
     size = group_size_for(folder)
     chosen = [task for task in tasks.split(",") if task]
     results = run_arms(arms, target, jobs, size, chosen)
     full = results.pop(arms.index(baseline))
-    results += filter(None, map(twin, results))
+    results = [*results, *filter(None, map(twin, results))]
 
     summary = summarize(full, results)
     order = list(METHODS)

@@ -102,6 +102,28 @@ def test_measured_on_the_way_is_what_an_arm_of_its_own_measures(runs, tmp_path, 
     assert quality.twin(alone) is None
 
 
+def test_the_table_has_what_was_measured_on_the_way(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        quality.main(
+            model="small",
+            schemes="W4A16,W4A8",
+            methods="nearest",
+            seeds=1,
+            rows=2,
+            length=8,
+            evaluation_rows=2,
+            tasks="",
+            jobs=1,
+            output=tmp_path,
+            quick=False,
+        )
+    assert ended.value.code == 0
+    assert len(runs) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("| W4A16 | round to nearest |") == 1
+    assert printed.count("| W4A8 | round to nearest |") == 1
+
+
 def test_the_digest_changes_with_code_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     source = tmp_path / "llmc_faq_slider" / "slider" / "windows.py"
