@@ -1,7 +1,7 @@
 """What each part of SliderQuant and each default is worth.
 
     make bench-ablation
-    python -m benchmarks.ablation --schemes W3A16 --variants fixed_windows,ratio_0.5
+    python -m benchmarks.ablation --schemes W3A16 --variants fixed_windows,no_rounding
 
 The first block is the paper's Table 8 on our models, the rest one setting at a time.
 Every default in the code is the winner here or has its reason in docs/experiments.md.
@@ -23,12 +23,13 @@ NO_ENDS: dict[str, Any] = {"shallow_layers": 0, "deep_layers": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "fixed_windows": NO_ENDS,
-    "fixed_windows_ratio_0.5": NO_ENDS | {"ratio": 0.5},
+    "fixed_windows_epochs_2": NO_ENDS | {"epochs": 2},
+    "fixed_windows_ratio_0.5_epochs_2": NO_ENDS | {"ratio": 0.5, "epochs": 2},
     "no_deep": {"deep_layers": 0},
     "no_shallow": {"shallow_layers": 0},
-    "ratio_0.5": {"ratio": 0.5},
-    "ratio_0.33": {"ratio": 1 / 3},
-    "ratio_0.5_sweep": {"ratio": 0.5, "stage_order": "sweep"},
+    "ratio_0.5_epochs_2": {"ratio": 0.5, "epochs": 2},
+    "ratio_0.33_epochs_3": {"ratio": 1 / 3, "epochs": 3},
+    "ratio_0.5_epochs_2_sweep": {"ratio": 0.5, "epochs": 2, "stage_order": "sweep"},
     "ends_2": {"shallow_layers": 2, "deep_layers": 2},
     "ends_6": {"shallow_layers": 6, "deep_layers": 6},
     "ends_auto": {"shallow_layers": "auto", "deep_layers": "auto"},
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smoothing_0.5": {"smoothing_strength": 0.5},
     "smoothing_0.85": {"smoothing_strength": 0.85},
     "epochs_2": {"epochs": 2},
+    "epochs_3": {"epochs": 3},
     "epochs_4": {"epochs": 4},
     "no_closing": {"closing_epochs": 0},
     "closing_2": {"closing_epochs": 2},
@@ -94,6 +96,7 @@ def main(
     seeds: Annotated[int, typer.Option()] = 2,
     rows: Annotated[int, typer.Option(help="calibration rows")] = 128,
     length: Annotated[int, typer.Option(help="tokens per row")] = 128,
+    evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 8,
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench" / "ablation",
 ) -> None:
@@ -101,7 +104,7 @@ def main(
     folder = small_or_real(model)
     names = variants.split(",")
     size = group_size_for(folder)
-    full = Arm(folder, "W16A16", "full_precision", 0, rows, length, 16)
+    full = Arm(folder, "W16A16", "full_precision", 0, rows, length, evaluation_rows)
     runs = [*product(schemes.split(","), names, range(seeds))]
     arms = [
         Arm(
@@ -111,7 +114,7 @@ def main(
             seed,
             ROWS.get(name, rows),
             length,
-            16,
+            evaluation_rows,
             VARIANTS.get(name, {}),
         )
         for scheme, name, seed in runs

@@ -30,7 +30,7 @@ METHODS = {
     "smoothquant_gptq": "SmoothQuant + GPTQ",
     "awq": "AWQ",
     "autoround": "AutoRound, 200 iterations",
-    "slider_paper": "SliderQuant, the paper's settings, same epochs",
+    "slider_paper": "SliderQuant, the paper's settings, 2 epochs",
     "slider_fixed": "SliderQuant's learnables in the paper's fixed windows",
     "slider_fast": "SliderQuant, fast",
     "slider": "SliderQuant",
@@ -39,9 +39,10 @@ METHODS = {
     "spinquant_slider": "SpinQuant + SliderQuant",
 }
 
-# Appendix Table A, but for the epochs: those of our default windows, so that both cost
-# the same. The released code adds the clipping.
+# Appendix Table A, but for the epochs: one for each of the two stages. The released
+# code adds the clipping.
 PAPER: dict[str, Any] = {
+    "epochs": 2,
     "closing_epochs": 0,
     "ratio": 0.5,
     "rounding_travel": 0,

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -59,6 +59,7 @@ from llmc_faq_slider.slider.learner import (
     LearningSettings,
     WindowResult,
     learn_windows,
+    stage_ratios,
 )
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import row_limit
@@ -69,10 +70,10 @@ from llmc_faq_slider.slider.windows import Window, window_schedule
 __all__ = ["SliderQuantModifier"]
 
 # Fields that a preset sets where the recipe does not.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"epochs": 1, "closing_epochs": 0},
     "default": {"epochs": 1, "closing_epochs": 1},
-    "best": {"epochs": 4, "closing_epochs": 2},
+    "best": {"epochs": 4, "closing_epochs": 2, "ratio": 0.5},
 }
 
 
@@ -123,14 +124,14 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param window_size: layers per fixed window s
     :param window_stride: layers by which a fixed window moves, i
     :param ratio: intra-layer ratio γ; a window is trained in 1/γ stages that quantise
-        γ, 2γ, ... of the input channels of every matrix. Default 1.0, one stage: the
-        paper's 0.5 loses at equal epochs in docs/experiments.md
+        γ, 2γ, ... of the input channels of every matrix, with at least one epoch each.
+        Default 1.0, one stage, for one epoch; with more epochs the paper's 0.5 gains,
+        and the preset ``best`` takes it (docs/experiments.md)
     :param stage_order: ``window`` runs all stages inside each window (the paper);
         ``sweep`` runs one pass over all windows per stage (the released code), and
         keeps the learned tensors of all layers in memory
-    :param preset: ``fast``, ``default`` or ``best``: how many epochs, where
-        ``epochs`` and ``closing_epochs`` are not given. The saved recipe.yaml records
-        the numbers
+    :param preset: ``fast``, ``default`` or ``best``: ``epochs``, ``closing_epochs`` and
+        ``ratio`` where they are not given. The saved recipe.yaml records the numbers
     :param epochs: passes over the calibration rows per window, shared by its stages.
         More rows gain more than more passes (docs/experiments.md)
     :param closing_epochs: passes in which all scales are tuned together on the model's
@@ -206,6 +207,17 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         if isinstance(fields, dict):
             return PRESETS.get(fields.get("preset", "default"), {}) | fields
         return fields
+
+    @model_validator(mode="after")
+    def _an_epoch_for_every_stage(self) -> Self:
+        stages = len(stage_ratios(self.ratio))
+        if self.epochs < stages:
+            raise ValueError(
+                f"ratio {self.ratio:g} trains each window in {stages} stages, which "
+                f"need at least {stages} epochs, and epochs is {self.epochs}; "
+                "give it more epochs or ratio 1.0"
+            )
+        return self
 
     _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
     _folder: Path | None = PrivateAttr(default=None)

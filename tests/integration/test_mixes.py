@@ -20,6 +20,7 @@ from family import (
 from llmcompressor.recipe import Recipe
 
 from llmc_faq_slider import SliderQuantModifier
+from llmc_faq_slider.slider.learner import stage_ratios
 
 pytestmark = pytest.mark.integration
 
@@ -146,7 +147,8 @@ def test_shipped_recipe_loads_and_runs(path, small_model, tmp_path):
             for field, value in FAQ["FAQModifier"].items():
                 setattr(modifier, field, value)
         if type(modifier).__name__ == "SliderQuantModifier":
-            modifier.epochs = modifier.closing_epochs = 1
+            modifier.epochs = len(stage_ratios(modifier.ratio))
+            modifier.closing_epochs = 1
     model = load(small_model)
     needs_data = not path.stem.startswith("faq")
     data = {"dataset": calibration_set(small_model, 4)} if needs_data else {}

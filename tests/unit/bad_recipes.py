@@ -177,6 +177,11 @@ CASES = [
     Case("out of range", "out-of-range", slider("scheme: W4A16", "epochs: 0")),
     Case("above the range", "out-of-range", slider("scheme: W4A16", "ratio: 1.5")),
     Case(
+        "more stages than epochs",
+        "value",
+        slider("scheme: W4A16", "ratio: 0.5", "epochs: 1"),
+    ),
+    Case(
         "an unknown choice",
         "unknown-value",
         slider("scheme: W4A16", "stage_order: both"),
@@ -239,6 +244,12 @@ CASES = [
         "seeds that do not exist",
         "no-seeds",
         "faq_stage:\n  faq_modifiers:\n    FAQModifier: {seeds: prompts.jsonl}\n"
+        + slider("scheme: W4A16"),
+    ),
+    Case(
+        "a choice among one",
+        "value",
+        "faq_stage:\n  faq_modifiers:\n    FAQModifier: {selector: typical}\n"
         + slider("scheme: W4A16"),
     ),
     # stages together

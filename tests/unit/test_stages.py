@@ -118,6 +118,7 @@ def test_oneshot_refuses_before_it_loads_a_model(arguments, message, monkeypatch
         ({"epochs": 0}, "epochs"),
         ({"ratio": 0.0}, "ratio"),
         ({"ratio": 1.5}, "ratio"),
+        ({"ratio": 0.5}, "2 stages, which need at least 2 epochs, and epochs is 1"),
         ({"low_rank": -1}, "low_rank"),
         ({"stage_order": "both"}, "stage_order"),
         ({"widnow_size": 3}, "widnow_size"),
@@ -146,6 +147,8 @@ def test_presets_expand_to_values_that_the_recipe_can_overrule():
     best = SliderQuantModifier(scheme="W4A16", preset="best")
     assert fast.epochs == default.epochs < best.epochs
     assert fast.closing_epochs < default.closing_epochs < best.closing_epochs
+    assert best.ratio < default.ratio == 1
+    assert SliderQuantModifier(**best.model_dump()) == best
     mixed = SliderQuantModifier(scheme="W4A16", preset="fast", epochs=7)
     assert mixed.epochs == 7 and mixed.closing_epochs == fast.closing_epochs
     assert fast.model_dump()["epochs"] == fast.epochs
