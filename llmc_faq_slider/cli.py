@@ -113,7 +113,7 @@ def regenerate(
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="rows")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
-    num_candidates: Annotated[int, typer.Option(help="answers per prompt")] = 4,
+    num_candidates: Annotated[int, typer.Option(help="answers per prompt")] = 1,
     selector: Annotated[str, typer.Option(help="who wins a group")] = "expert_nll",
     seed: Annotated[int, typer.Option(help="seed of all that is random")] = 0,
     field: Annotated[

@@ -51,6 +51,7 @@ class FAQModifier(FAQOptions, Modifier):
         FAQModifier:
           generator: self
           num_candidates: 4
+          selector: typical
           num_samples: 32
           sequence_length: 512
     ```

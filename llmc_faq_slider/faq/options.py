@@ -61,7 +61,8 @@ class FAQOptions(BaseModel):
     :param seeds_split: split of a hub data set. Default "train"
     :param evaluation_sets: files or hub names of texts the data must not share a run of
         13 words with. Default none
-    :param num_candidates: candidates per prompt (G). Default 4
+    :param num_candidates: candidates per prompt (G), which compete if there are
+        several. Default 1: no choice among several beats it (docs/faq.md)
     :param num_samples: rows of the calibration set (N). None: 128 with an
         accelerator, 32 without
     :param sequence_length: tokens of each row (L). None: 2048 with an accelerator, 512
@@ -100,7 +101,7 @@ class FAQOptions(BaseModel):
     :param accept_truncated: let cut-off answers compete, below all finished ones.
         Default True
     :param retries: further tries, with new random numbers and twice the tokens, for
-        prompts without valid answer. Default 1
+        prompts without valid answer. Default 3
     :param max_fallback_fraction: share of prompts without valid answer above which
         the run fails. Default 0.1
     :param cache_dir: folder for candidates, data sets and manifests. None: folder
@@ -124,7 +125,7 @@ class FAQOptions(BaseModel):
     seeds: str | list[str] | None = None
     seeds_split: str | None = None
     evaluation_sets: list[str] = Field(default_factory=list)
-    num_candidates: int = Field(default=4, ge=1, le=64)
+    num_candidates: int = Field(default=1, ge=1, le=64)
     num_samples: int | None = Field(default=None, ge=1)
     sequence_length: int | None = Field(default=None, ge=8)
     max_new_tokens: int | None = Field(default=None, ge=1)
@@ -145,7 +146,7 @@ class FAQOptions(BaseModel):
     keep_language: bool | None = None
     allow_refusals: bool = False
     accept_truncated: bool = True
-    retries: int = Field(default=1, ge=0, le=8)
+    retries: int = Field(default=3, ge=0, le=8)
     max_fallback_fraction: float = Field(default=0.1, ge=0, le=1)
     cache_dir: str | None = None
     seed: int = 0
@@ -158,7 +159,13 @@ class FAQOptions(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _judge_has_letters(self) -> Self:
+    def _candidates_suit_the_selector(self) -> Self:
+        chooses = (self.selector, self.expert) != ("expert_nll", "generator")
+        if self.num_candidates == 1 and chooses:
+            raise ValueError(
+                f"num_candidates is 1, which leaves the selector {self.selector} and "
+                f"the expert {self.expert} nothing to choose from; set it to 4, say"
+            )
         if self.selector == "expert_judge" and self.num_candidates > 26:
             raise ValueError(
                 f"num_candidates is {self.num_candidates}; the selector expert_judge "

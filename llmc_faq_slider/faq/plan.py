@@ -85,8 +85,10 @@ def plan(
     valid = max(len(sizes), 1) / len(tasks)
     size = sum(sizes) / len(sizes) if sizes else settings.sampling.max_new_tokens
     wanted = settings.token_budget * settings.oversample
-    prompts = math.ceil(wanted / (size * _valid_group(valid, settings)))
-    scale = prompts * settings.num_candidates / len(tasks)
+    missed = (1 - valid) ** settings.num_candidates
+    prompts = math.ceil(wanted / (size * (1 - missed ** (settings.retries + 1))))
+    tries = sum(missed**attempt for attempt in range(settings.retries + 1))
+    scale = prompts * settings.num_candidates * tries / len(tasks)
     return Plan(
         prompts=prompts,
         requests=math.ceil(asked * scale),
@@ -96,8 +98,3 @@ def plan(
         valid=len(sizes) / len(tasks),
         truncated=counts["candidates_truncated"] / asked,
     )
-
-
-def _valid_group(valid: float, settings: Settings) -> float:
-    """Share of prompts with at least one valid candidate."""
-    return 1 - (1 - valid) ** settings.num_candidates

@@ -90,7 +90,7 @@ class Settings:
     batch_size: int
     selector: Selector = "expert_nll"
     gates: GateLimits = field(default_factory=GateLimits)
-    retries: int = 1
+    retries: int = 3
     oversample: float = 1.0
     max_fallback_fraction: float = 0.1
     chain_of_thought: bool = True

@@ -26,8 +26,14 @@ def test_the_sample_recipe_loads() -> None:
 
 
 def test_a_stage_survives_its_own_dump() -> None:
-    stage = FAQModifier(generator="x", top_p=0.5, selector="random")
+    stage = FAQModifier(generator="x", num_candidates=2, selector="random")
     assert FAQModifier.model_validate(stage.model_dump()) == stage
+
+
+def test_what_was_saved_without_a_choice_loads_again() -> None:
+    stage = FAQModifier()
+    assert stage.num_candidates == 1
+    assert FAQModifier(**stage.model_dump()) == stage
 
 
 def test_the_stage_sits_in_the_data_free_slot() -> None:
@@ -48,6 +54,8 @@ def test_every_field_is_documented() -> None:
         {"top_p": 1.5},
         {"max_fallback_fraction": 2},
         {"selector": "best"},
+        {"selector": "typical"},
+        {"expert": "target", "num_candidates": 1},
         {"generator": ""},
         {"unknown": 1},
         {"generator": "http://"},
