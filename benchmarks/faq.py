@@ -6,7 +6,8 @@ Every arm makes N rows of L tokens. ``raw`` are passages of books, ``raw_chat`` 
 written as chats, ``self`` and ``family`` what the target or its larger sibling answers
 to them; ``prompts`` are answers of the target to the package's own prompts, less those
 that are measured on. After a colon stands who chose among the candidates, by default
-``expert_nll``; ``single`` has no other candidate to choose. Each method quantises the
+``expert_nll``; ``single`` has no other candidate to choose, and ``plain`` is such a one
+whose generator is not asked to think step by step. Each method quantises the
 target with each arm's rows. Measured on chats nobody calibrates on: the mean
 Kullback-Leibler divergence from the full-precision model, in nats per answer token, and
 the perplexity of the answers. These are of two kinds: ``texts``, other passages by the
@@ -19,9 +20,11 @@ Results are appended to a file as they come; what is there is not measured again
 
 import json
 import math
+import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -114,7 +117,7 @@ def families(smollm2: str) -> dict[str, Family]:
         # The target is its own expert here, which makes target_nll the same as
         # expert_nll.
         (
-            *(*own, "prompts", "prompts:single"),
+            *(*own, "prompts", "prompts:single", "prompts:plain"),
             *(f"prompts:{name}" for name in others if name != "target_nll"),
         ),
         ("answers",),
@@ -182,12 +185,12 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
         seeds = [prompt for prompt in shipped_seeds() if prompt not in measured]
     else:
         seeds = passages(0)
-    candidates = 1 if selector == "single" else family.candidates
-    selector = "expert_nll" if selector in ("", "single") else selector
+    alone = selector in ("single", "plain")
     options = FAQOptions(
         generator=generator,
-        selector=selector,
-        num_candidates=candidates,
+        selector="expert_nll" if alone or not selector else selector,
+        num_candidates=1 if alone else family.candidates,
+        chain_of_thought=selector != "plain",
         num_samples=family.rows,
         sequence_length=family.length,
         max_new_tokens=family.new_tokens,
@@ -303,33 +306,66 @@ def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel
     return model.eval()
 
 
-def run(family: Family, arms: list[str], methods: list[str], output: Path) -> None:
+@dataclass(frozen=True)
+class Lane:
+    """Arms that share a store of candidates, and so follow each other."""
+
+    family: Family
+    arms: tuple[str, ...]
+    methods: tuple[str, ...]
+    seed: int
+    folder: Path
+
+
+def lanes(
+    family: Family, arms: list[str], methods: list[str], stores: Path
+) -> list[Lane]:
+    kinds = dict.fromkeys(arm.partition(":")[0] for arm in arms)
+    return [
+        Lane(
+            family,
+            tuple(arm for arm in arms if arm.partition(":")[0] == kind),
+            tuple(methods),
+            seed,
+            stores / f"{family.name}-{kind}-{seed}",
+        )
+        for seed, kind in product(SEEDS, kinds)
+    ]
+
+
+def run(lane: Lane, chats: dict[str, list[Sample]], output: Path, threads: int) -> None:
     """Measure what is not in the file yet."""
     done = {(r.family, r.arm, r.method, r.seed) for r in read(output)}
-    chats = {kind: held_out(family, kind) for kind in family.measured_on}
-    # One process per data set: llm-compressor's tracing keeps every model it has seen.
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for seed, arm in product(SEEDS, arms):
-            missing = [m for m in methods if (family.name, arm, m, seed) not in done]
-            if missing:
-                pool.submit(run_arm, family, arm, missing, seed, chats, output).result()
+    for arm in lane.arms:
+        key = (lane.family.name, arm)
+        missing = [m for m in lane.methods if (*key, m, lane.seed) not in done]
+        if not missing:
+            continue
+        # One process per data set: llm-compressor's tracing keeps every model it has
+        # seen.
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            work = (lane, arm, missing, chats, output, threads)
+            process.submit(run_arm, *work).result()
 
 
 def run_arm(
-    family: Family,
+    lane: Lane,
     arm: str,
     methods: list[str],
-    seed: int,
     chats: dict[str, list[Sample]],
     output: Path,
+    threads: int,
 ) -> None:
     """Make the rows of an arm, and quantise with each method on them."""
     logger.remove()
+    torch.set_num_threads(threads)
+    family, seed = lane.family, lane.seed
     full = load(family.target).eval()
     exact = {kind: answer_logprobs(full, chats[kind]) for kind in chats}
     began = time.perf_counter()
-    rows = calibration(family, arm, seed, output.parent / "faq-store")
-    print(f"{family.name} {arm} {seed}: {time.perf_counter() - began:.0f} s")
+    rows = calibration(family, arm, seed, lane.folder)
+    seconds = time.perf_counter() - began
+    print(f"{family.name} {arm} {seed}: data in {seconds:.0f} s", flush=True)
     for method in methods:
         began = time.perf_counter()
         model = quantise(family, method, rows)
@@ -340,8 +376,9 @@ def run_arm(
             result = Result(family.name, arm, method, seed, kind, *found, seconds)
             results.append(result)
             print(
-                f"  {method}, {kind}: KL {result.divergence:.4f}, "
-                f"perplexity {result.perplexity:.2f}, {seconds:.0f} s",
+                f"{family.name} {arm} {seed}: {method}, {kind}: "
+                f"KL {result.divergence:.4f}, perplexity {result.perplexity:.2f}, "
+                f"{seconds:.0f} s",
                 flush=True,
             )
         # Together, since a method with some results counts as measured.
@@ -354,6 +391,22 @@ def read(output: Path) -> list[Result]:
         return []
     lines = output.read_text(encoding="utf-8").splitlines()
     return [Result(**json.loads(line)) for line in lines]
+
+
+def place(known: dict[str, Family]) -> Callable[[Result], tuple]:
+    """Where a result stands in the table, whichever lane was first."""
+
+    def rank(r: Result) -> tuple:
+        arms, methods = known[r.family].arms, known[r.family].methods
+        return (
+            list(known).index(r.family),
+            methods.index(r.method) if r.method in methods else len(methods),
+            r.measured_on,
+            arms.index(r.arm) if r.arm in arms else len(arms),
+            r.seed,
+        )
+
+    return rank
 
 
 def table(results: list[Result]) -> Table:
@@ -390,18 +443,25 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main(
-    names: Annotated[str, typer.Option("--families")] = "tests,smollm2",
+    names: Annotated[str, typer.Option("--families")] = "smollm2,tests",
     arms: Annotated[str, typer.Option(help="default: those of the family")] = "",
     methods: Annotated[str, typer.Option(help="default: those of the family")] = "",
     smollm2: Annotated[
         str, typer.Option(help="folder or hub id; default: the quickstart's")
     ] = "",
+    jobs: Annotated[int, typer.Option(help="arms at a time", min=1)] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench-faq" / "results.jsonl",
 ) -> None:
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
     output.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # For the arms and for the servers of judges, of which several may run at a time.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     known = families(smollm2)
+    chats = {}
+    queue: list[Lane] = []
     for name in names.split(","):
         if name not in known:
             raise typer.BadParameter(
@@ -410,11 +470,21 @@ def main(
         family = known[name]
         if not family.target:
             family = replace(family, target=small_or_real("smollm2"))
-        wanted = arms.split(",") if arms else list(family.arms)
-        run(
-            family, wanted, methods.split(",") if methods else [*family.methods], output
+        chats[name] = {kind: held_out(family, kind) for kind in family.measured_on}
+        queue += lanes(
+            family,
+            arms.split(",") if arms else [*family.arms],
+            methods.split(",") if methods else [*family.methods],
+            output.parent / "faq-store",
         )
-    Console().print(table(read(output)))
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(run, lane, chats[lane.family.name], output, threads)
+            for lane in queue
+        ]
+        for lane in running:
+            lane.result()
+    Console().print(table(sorted(read(output), key=place(known))))
 
 
 if __name__ == "__main__":
