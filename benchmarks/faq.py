@@ -112,7 +112,7 @@ def families(smollm2: str) -> dict[str, Family]:
         "smollm2",
         smollm2,
         None,
-        *(16, 256, 128, 3, 12),
+        *(16, 256, 128, 3, 24),
         methods,
         # The target is its own expert here, which makes target_nll the same as
         # expert_nll.
