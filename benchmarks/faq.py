@@ -390,7 +390,12 @@ def read(output: Path) -> list[Result]:
     if not output.is_file():
         return []
     lines = output.read_text(encoding="utf-8").splitlines()
-    return [Result(**json.loads(line)) for line in lines]
+    try:
+        return [Result(**json.loads(line)) for line in lines]
+    except (TypeError, json.JSONDecodeError) as error:
+        raise typer.BadParameter(
+            f"{output} has a line that is not a result of this version; move it away"
+        ) from error
 
 
 def place(known: dict[str, Family]) -> Callable[[Result], tuple]:

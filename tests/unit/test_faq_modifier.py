@@ -1,5 +1,6 @@
 """Fields of the stage, and the sample recipe in its docstring."""
 
+import inspect
 import re
 import textwrap
 
@@ -9,6 +10,7 @@ from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
+from llmc_faq_slider.cli import regenerate
 from llmc_faq_slider.faq.generators import sibling_source
 from llmc_faq_slider.faq.modifier import FAQModifier
 from llmc_faq_slider.faq.options import CACHE_VARIABLE, FAQOptions
@@ -34,6 +36,12 @@ def test_what_was_saved_without_a_choice_loads_again() -> None:
     stage = FAQModifier()
     assert stage.num_candidates == 1
     assert FAQModifier(**stage.model_dump()) == stage
+
+
+def test_the_command_has_the_defaults_of_the_stage() -> None:
+    arguments = inspect.signature(regenerate).parameters
+    for name in ("generator", "num_candidates", "selector", "seed"):
+        assert arguments[name].default == FAQOptions.model_fields[name].default
 
 
 def test_the_stage_sits_in_the_data_free_slot() -> None:
