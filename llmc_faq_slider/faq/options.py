@@ -86,10 +86,11 @@ class FAQOptions(BaseModel):
     :param oversample: tokens to collect, as a multiple of N x L, of which those samples
         are taken that excite channels of the target which others do not. Default 1: no
         such choice
-    :param chain_of_thought: have the reasoning written before the answer, by the
-        template's thinking mode or in words. Default True
-    :param enable_thinking: thinking switch of the chat template. None: on for
-        chain of thought if the template has the switch
+    :param chain_of_thought: have the reasoning written before the answer: True, by the
+        template's thinking mode or asked for in words; False, neither. Default None,
+        the thinking mode if there is one: asking in words loses in docs/faq.md
+    :param enable_thinking: thinking switch of the chat template. None: on if the
+        template has the switch, unless ``chain_of_thought`` is False
     :param min_response_tokens: gate, shortest valid answer. Default 32
     :param max_zlib_ratio: gate, raw over compressed size of texts from 1 kB. Default 4
     :param max_repeated_share: gate, share of repeated 8-token runs. Default 0.2
@@ -137,7 +138,7 @@ class FAQOptions(BaseModel):
     expert: str = Field(default="generator", min_length=1)
     expert_model: str | None = None
     oversample: float = Field(default=1.0, ge=1)
-    chain_of_thought: bool = True
+    chain_of_thought: bool | None = None
     enable_thinking: bool | None = None
     min_response_tokens: int = Field(default=32, ge=1)
     max_zlib_ratio: float = Field(default=4.0, gt=1)

@@ -117,13 +117,13 @@ def conversation(
     speaker = source.tokenizer if has_own or not is_chat else target
     thinking = settings.enable_thinking
     if thinking is None and is_chat and has_thinking_switch(speaker):
-        thinking = settings.chain_of_thought
+        thinking = settings.chain_of_thought is not False
     probe = [{"role": "user", "content": "?"}]
     thinks = is_chat and (
         opens_thinking(prompt_text(speaker, probe, thinking))
         or (thinking is True and has_thinking_switch(speaker))
     )
-    reasoning = settings.chain_of_thought and is_chat and not thinks
+    reasoning = settings.chain_of_thought is True and is_chat and not thinks
     wrapping = Wrapping(settings.passage_tokens, reasoning)
     return Conversation(
         target, speaker, is_chat, thinking, wrapping, source.shares_tokens

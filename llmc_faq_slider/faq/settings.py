@@ -78,7 +78,8 @@ class Settings:
     :param oversample: tokens to collect, as a multiple of N x L, for the choice of
         samples by the channels they excite; 1 for no such choice
     :param max_fallback_fraction: largest share of prompts without any valid answer
-    :param chain_of_thought: ask for the reasoning before the answer
+    :param chain_of_thought: have the reasoning written before the answer; None for the
+        template's thinking mode only
     :param enable_thinking: thinking switch of the chat template, None for automatic
     :param seed: seeds sampling, prompt order, tie-free random choice and row order
     """
@@ -93,7 +94,7 @@ class Settings:
     retries: int = 3
     oversample: float = 1.0
     max_fallback_fraction: float = 0.1
-    chain_of_thought: bool = True
+    chain_of_thought: bool | None = None
     enable_thinking: bool | None = None
     seed: int = 0
 

@@ -90,7 +90,7 @@ def test_more_candidates_only_add(tokenizer, scribe, tmp_path) -> None:
     "change",
     [
         {"settings": replace(SETTINGS, seed=1)},
-        {"settings": replace(SETTINGS, chain_of_thought=False)},
+        {"settings": replace(SETTINGS, chain_of_thought=True)},
         {"seeds": SEEDS[:9]},
         {"identity": {"kind": "test", "weights": "1"}},
     ],
@@ -240,9 +240,19 @@ def test_the_thinking_switch_follows_chain_of_thought(small_model, scribe) -> No
     assert talk.enable_thinking is False
     text = tokenizer.decode(prepare(Task(SEEDS[0]), [], talk).target_ids)
     assert text.endswith("<think>\n\n</think>\n\n")
-    forced = replace(SETTINGS, enable_thinking=False)
+    forced = replace(SETTINGS, enable_thinking=False, chain_of_thought=True)
     talk = conversation(tokenizer, thinker, forced)
     assert talk.enable_thinking is False and talk.wrapping.reasoning
+
+
+def test_reasoning_is_asked_for_in_words_only_where_told(tokenizer, scribe) -> None:
+    def asked(chain_of_thought: bool | None) -> bool:
+        settings = replace(SETTINGS, chain_of_thought=chain_of_thought)
+        return conversation(
+            tokenizer, source(tokenizer, scribe), settings
+        ).wrapping.reasoning
+
+    assert [asked(choice) for choice in (None, False, True)] == [False, False, True]
 
 
 def test_batches_do_not_depend_on_seed_order() -> None:
