@@ -177,7 +177,7 @@ def _prompts(run: Run, tokenizer: Any) -> dict[str, list[int]]:
     from llmc_faq_slider.faq.prompts import Wrapping
     from llmc_faq_slider.faq.seeds import shipped_seeds
 
-    wrapping = Wrapping(32, True)
+    wrapping = Wrapping(32, False)
     talk = Conversation(tokenizer, tokenizer, True, None, wrapping)
     prompts = {}
     for seed in shipped_seeds():

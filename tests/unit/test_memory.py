@@ -9,6 +9,7 @@ from learning import CPU, LINEARS, rows_of, settings
 from test_checkpoint import in_a_process
 
 from llmc_faq_slider.slider.learner import learn_windows
+from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import (
     RowLimit,
     free_bytes,
@@ -17,6 +18,7 @@ from llmc_faq_slider.slider.memory import (
     step_bytes,
 )
 from llmc_faq_slider.slider.quantizer import WeightGrid
+from llmc_faq_slider.slider.row_losses import accumulate_gradients
 from llmc_faq_slider.slider.stream import capture_decoder
 from llmc_faq_slider.slider.student import LinearGrids
 from llmc_faq_slider.slider.windows import window_schedule
@@ -56,7 +58,41 @@ def test_smaller_pieces_learn_the_same(model):
     limit = RowLimit(8)
     found = learn(model, limit, room=3)
     assert limit.rows == 2
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    # sums in another order, which AdamW blows up where gradients are nearly zero
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("room", [1, 3, 8])
+def test_smaller_pieces_have_the_same_gradients(room):
+    torch.manual_seed(0)
+    data, weight = torch.randn(5, 4), torch.zeros(4, requires_grad=True)
+    lengths = [3, 1, 4, 1, 5]
+
+    def row_loss(rows):
+        """Mean over the tokens of some rows, each of which has the same error."""
+        if len(rows) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        errors = (data[rows] @ weight - 1).square()
+        return errors @ torch.tensor(
+            [lengths[i] / sum(lengths[j] for j in rows) for i in rows]
+        )
+
+    def clear():
+        weight.grad = None
+
+    (expected,) = torch.autograd.grad(
+        (data @ weight - 1).square() @ (torch.tensor(lengths) / sum(lengths)), weight
+    )
+    loss = accumulate_gradients(
+        row_loss,
+        list(range(5)),
+        CountedTokens.all(lengths),
+        RowLimit(8),
+        torch.amp.GradScaler(enabled=False),
+        clear,
+    )
+    assert loss == pytest.approx(1.0)
+    torch.testing.assert_close(weight.grad, expected)
 
 
 def test_one_row_that_does_not_fit_ends_with_advice(model):

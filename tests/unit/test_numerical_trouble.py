@@ -63,11 +63,15 @@ def test_a_model_that_overflows_is_named(model):
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_fp16_models_learn_in_fp32(model, compute):
+    rows = rows_of([16] * 8)
     changes = dict(epochs=20, learning_rates=fast_rates(), compute_dtype=compute)
-    half = learn(model.half(), rows_of([16] * 8), **changes)
+    full = learn(model, rows, **changes)
+    half = learn(model.half(), rows, **changes)
     assert_sound(*half)
-    for results in (half[0],):
-        assert sum(r.loss < 0.9 * r.start_loss for r in results) == len(results)
+    assert all(result.loss < result.start_loss for result in half[0])
+    # where 20 epochs take the output's error: 16 bits of weights do not change it
+    assert full[0][-1].loss < 0.5 * max(result.start_loss for result in full[0])
+    assert half[0][-1].loss == pytest.approx(full[0][-1].loss, rel=0.05)
     for linear in half[1][0][1].linears.values():
         assert linear.weight.dtype == linear.scale.dtype == torch.float32
 
