@@ -59,12 +59,14 @@ def run_fingerprint(
     rows: list[Tensor],
     masks: list[Tensor | None],
     windows: list[Window],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """
     JSON-like facts that must be equal for a run to go on from another's state.
 
     :param rows: token ids by calibration row
     :param masks: which tokens count, None where all do
+    :param dtype: of the student's matrix products
     """
     assert isinstance(stage, Modifier)
     fields = stage.model_dump(mode="json", exclude=WITHOUT_EFFECT)
@@ -83,6 +85,7 @@ def run_fingerprint(
         "recipe": {k: v for k, v in fields.items() if not k.endswith("_")},
         "formats": stage.resolved_config.model_dump(mode="json"),
         "windows": [f"{window.start}-{window.stop - 1}" for window in windows],
+        "compute_dtype": str(dtype).removeprefix("torch."),
         "versions": versions(),
     }
 

@@ -51,6 +51,7 @@ from llmc_faq_slider.slider.closing import (
     ClosingSettings,
     tune_scales,
 )
+from llmc_faq_slider.slider.compute import ComputeDtype, product_dtype
 from llmc_faq_slider.slider.end_windows import end_windows
 from llmc_faq_slider.slider.head import OutputHead
 from llmc_faq_slider.slider.interruption import stop_on_signals
@@ -158,8 +159,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param visit_decay: a layer's rates at its k-th visit are k^-visit_decay of these; 0
         keeps them, as the paper does. Layers at the ends, which four windows learn,
         otherwise learn the calibration text by heart (docs/experiments.md)
-    :param compute_dtype: dtype of the student's matrix products; learned tensors, loss
-        and rounding are always fp32
+    :param compute_dtype: dtype of the student's matrix products, ``auto`` the faster
+        one: float32 on CPUs without AMX, else bfloat16. Learned tensors, loss and
+        rounding are always fp32
     :param seed: seeds the low-rank starts and the order of rows
     :param loss_on_responses: errors count only on tokens that the calibration data's
         ``loss_mask`` marks as responses, as FAQ's does; rows without one count fully
@@ -193,7 +195,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     clipping_lr: float = Field(default=1e-2, ge=0)
     channel_scale_lr: float = Field(default=3e-3, ge=0)
     visit_decay: float = Field(default=1.0, ge=0)
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "auto"
     seed: int = 0
     loss_on_responses: bool = False
     checkpoint_dir: str | None = None
@@ -311,6 +313,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     ) -> tuple[Learned, ClosingResult | None]:
         """Windows, then the closing pass; both commit what they learn."""
         device = get_main_device()
+        dtype = product_dtype(self.compute_dtype, device)
         with ExitStack() as stack:
             hidden, calls = capture_decoder(model, layers.modules, rows, device)
             windows = self._windows(model, layers, rows, device)
@@ -324,7 +327,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             )
             saved = stop = None
             if self._folder is not None:
-                fingerprint = run_fingerprint(model, self, rows, tokens.masks, windows)
+                fingerprint = run_fingerprint(
+                    model, self, rows, tokens.masks, windows, dtype
+                )
                 saved = stack.enter_context(open_checkpoint(self._folder, fingerprint))
                 stop = stack.enter_context(stop_on_signals())
             learned = learn_windows(
@@ -332,7 +337,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 hidden,
                 layers.grids,
                 windows,
-                self._settings(),
+                self._settings(dtype),
                 device,
                 commits.layer,
                 tokens,
@@ -348,7 +353,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                     commits.tuned,
                     hidden,
                     learned.outputs,
-                    self._closing_settings(),
+                    self._closing_settings(dtype),
                     device,
                     tokens,
                     limit,
@@ -393,7 +398,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         )
         return windows
 
-    def _settings(self) -> LearningSettings:
+    def _settings(self, dtype: torch.dtype) -> LearningSettings:
         return LearningSettings(
             ratio=self.ratio,
             stage_order=self.stage_order,
@@ -409,15 +414,15 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 "channel_scale": self.channel_scale_lr,
             },
             visit_decay=self.visit_decay,
-            compute_dtype=getattr(torch, self.compute_dtype),
+            compute_dtype=dtype,
             seed=self.seed,
         )
 
-    def _closing_settings(self) -> ClosingSettings:
+    def _closing_settings(self, dtype: torch.dtype) -> ClosingSettings:
         return ClosingSettings(
             epochs=self.closing_epochs,
             learning_rate=self.closing_lr,
             batch_size=self.batch_size,
-            compute_dtype=getattr(torch, self.compute_dtype),
+            compute_dtype=dtype,
             seed=self.seed,
         )
