@@ -1,13 +1,14 @@
 """What regenerated calibration data brings, at equal tokens and over three seeds.
 
+    make bench-faq
     python -m benchmarks.faq --families tests --arms raw,family --methods gptq_w3a16
 
 Every arm makes N rows of L tokens. ``raw`` are passages of books, ``raw_chat`` the same
 written as chats, ``self`` and ``family`` what the target or its larger sibling answers
 to them; ``prompts`` are answers of the target to the package's own prompts, less those
 that are measured on. After a colon stands who chose among the candidates, by default
-``expert_nll``; ``single`` has no other candidate to choose, and ``plain`` is such a one
-whose generator is not asked to think step by step. Each method quantises the
+``expert_nll``; ``single`` has no other candidate to choose, and ``reasoned`` is such a
+one whose generator is asked to think step by step. Each method quantises the
 target with each arm's rows. Measured on chats nobody calibrates on: the mean
 Kullback-Leibler divergence from the full-precision model, in nats per answer token, and
 the perplexity of the answers. These are of two kinds: ``texts``, other passages by the
@@ -50,6 +51,7 @@ from transformers import (
 
 from benchmarks.methods import config_groups
 from benchmarks.quality import small_or_real
+from benchmarks.run_arm import put_weights_on_grid
 from benchmarks.served import SERVE_ENV
 from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import SliderQuantModifier, oneshot
@@ -72,7 +74,6 @@ SELECTORS = (
     *("expert_judge", "longest", "random"),
 )
 PASSAGE_WORDS = 120
-SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def families(smollm2: str) -> dict[str, Family]:
         # The target is its own expert here, which makes target_nll the same as
         # expert_nll.
         (
-            *(*own, "prompts", "prompts:single", "prompts:plain"),
+            *(*own, "prompts:single", "prompts:reasoned", "prompts"),
             *(f"prompts:{name}" for name in others if name != "target_nll"),
         ),
         ("answers",),
@@ -185,12 +186,12 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
         seeds = [prompt for prompt in shipped_seeds() if prompt not in measured]
     else:
         seeds = passages(0)
-    alone = selector in ("single", "plain")
+    alone = selector in ("single", "reasoned")
     options = FAQOptions(
         generator=generator,
         selector="expert_nll" if alone or not selector else selector,
         num_candidates=1 if alone else family.candidates,
-        chain_of_thought=selector != "plain",
+        chain_of_thought=selector == "reasoned",
         num_samples=family.rows,
         sequence_length=family.length,
         max_new_tokens=family.new_tokens,
@@ -284,8 +285,8 @@ def stage(method: str) -> Any:
         return QuantizationModifier(**fields)
     if name == "gptq":
         return GPTQModifier(actorder="weight", **fields)
-    # The rows are few, so they are seen twice.
-    return SliderQuantModifier(batch_size=8, epochs=2, **fields)
+    # The rows are few and long, so a step takes fewer of them.
+    return SliderQuantModifier(batch_size=2, **fields)
 
 
 def load(name: str) -> PreTrainedModel:
@@ -303,6 +304,7 @@ def quantise(family: Family, method: str, rows: torch.Tensor) -> PreTrainedModel
         dataset=data,
         shuffle_calibration_samples=False,
     )
+    put_weights_on_grid(model)
     return model.eval()
 
 
@@ -318,7 +320,7 @@ class Lane:
 
 
 def lanes(
-    family: Family, arms: list[str], methods: list[str], stores: Path
+    family: Family, arms: list[str], methods: list[str], seeds: int, stores: Path
 ) -> list[Lane]:
     kinds = dict.fromkeys(arm.partition(":")[0] for arm in arms)
     return [
@@ -329,7 +331,7 @@ def lanes(
             seed,
             stores / f"{family.name}-{kind}-{seed}",
         )
-        for seed, kind in product(SEEDS, kinds)
+        for seed, kind in product(range(seeds), kinds)
     ]
 
 
@@ -454,6 +456,7 @@ def main(
     smollm2: Annotated[
         str, typer.Option(help="folder or hub id; default: the quickstart's")
     ] = "",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="arms at a time", min=1)] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench-faq" / "results.jsonl",
 ) -> None:
@@ -480,6 +483,7 @@ def main(
             family,
             arms.split(",") if arms else [*family.arms],
             methods.split(",") if methods else [*family.methods],
+            seeds,
             output.parent / "faq-store",
         )
     with ThreadPoolExecutor(jobs) as pool:
