@@ -40,8 +40,6 @@ from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
-from rich.console import Console
-from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -191,7 +189,7 @@ def calibration(family: Family, arm: str, seed: int, folder: Path) -> torch.Tens
         generator=generator,
         selector="expert_nll" if alone or not selector else selector,
         num_candidates=1 if alone else family.candidates,
-        chain_of_thought=selector == "reasoned",
+        chain_of_thought=True if selector == "reasoned" else None,
         num_samples=family.rows,
         sequence_length=family.length,
         max_new_tokens=family.new_tokens,
@@ -416,11 +414,11 @@ def place(known: dict[str, Family]) -> Callable[[Result], tuple]:
     return rank
 
 
-def table(results: list[Result]) -> Table:
-    """Mean and standard deviation over the seeds."""
-    shown = Table("model", "method", "measured on", "data", "seeds")
-    for name in ("KL", "perplexity", "1 - KL/raw"):
-        shown.add_column(name)
+def table(results: list[Result]) -> str:
+    """Markdown: mean and standard deviation over the seeds, in the results' order."""
+    columns = ["model", "method", "measured on", "data", "seeds"]
+    columns += ["KL", "perplexity", "1 - KL/raw"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
     def question(r: Result) -> tuple[str, str, str]:
         return r.family, r.method, r.measured_on
@@ -433,15 +431,11 @@ def table(results: list[Result]) -> Table:
             reduction = ""
             if raw:
                 reduction = f"{1 - mean(r.divergence for r in own) / mean(raw):+.1%}"
-            shown.add_row(
-                *key,
-                arm,
-                str(len(own)),
-                spread([r.divergence for r in own], 4),
-                spread([r.perplexity for r in own], 2),
-                reduction,
-            )
-    return shown
+            divergence = spread([r.divergence for r in own], 4)
+            perplexity = spread([r.perplexity for r in own], 2)
+            cells = [*key, arm, str(len(own)), divergence, perplexity, reduction]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -493,7 +487,9 @@ def main(
         ]
         for lane in running:
             lane.result()
-    Console().print(table(sorted(read(output), key=place(known))))
+    found = table(sorted(read(output), key=place(known)))
+    output.with_name("table.md").write_text(found, encoding="utf-8")
+    print(found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from benchmarks import methods, quality, run_arm, runner
+from benchmarks import faq, methods, quality, run_arm, runner
 from benchmarks.methods import Arm
 
 SMALL = str(Path(__file__).parents[1] / "models" / "small")
@@ -137,3 +137,39 @@ def test_the_digest_changes_with_code_alone(tmp_path, monkeypatch):
     documented = '"""Sizes."""\n\ndef size():\n    """Two."""\n    return 2  # layers\n'
     assert digest(documented) == plain
     assert digest("def size():\n    return 3\n") != plain
+
+
+def test_data_sets_are_compared_with_raw_passages_of_the_same_question():
+    def result(arm, seed, divergence, method="gptq_w4a16"):
+        return faq.Result("smollm2", arm, method, seed, "answers", divergence, 4.0, 1.0)
+
+    results = [
+        *(result("prompts:reasoned", 0, 0.3), result("raw", 0, 0.4)),
+        *(result("raw", 1, 0.6), result("raw", 0, 9.0, "rtn_w3a16")),
+    ]
+    known = faq.families("smollm2")
+    rows = faq.table(sorted(results, key=faq.place(known))).splitlines()[2:]
+    assert [row.split(" | ")[1:] for row in rows] == [
+        [
+            "rtn_w3a16",
+            "answers",
+            "raw",
+            "1",
+            "9.0000 ± 0.0000",
+            "4.00 ± 0.00",
+            "+0.0% |",
+        ],
+        [
+            "gptq_w4a16",
+            "answers",
+            "raw",
+            "2",
+            "0.5000 ± 0.1414",
+            "4.00 ± 0.00",
+            "+0.0% |",
+        ],
+        [
+            *("gptq_w4a16", "answers", "prompts:reasoned", "1"),
+            *("0.3000 ± 0.0000", "4.00 ± 0.00", "+40.0% |"),
+        ],
+    ]
