@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.markdown import markdown_table
 from benchmarks.methods import Arm
 from benchmarks.quality import loss, small_or_real
 from benchmarks.runner import Result, group_size_for, run_arms
@@ -73,20 +74,16 @@ def table(full: Result, results: list[Result], variants: list[str]) -> str:
     groups: dict[tuple[str, str], list[Result]] = {}
     for variant, result in zip(variants, results, strict=True):
         groups.setdefault((result["arm"]["scheme"], variant), []).append(result)
-    lines = [
-        "| scheme | settings | loss | out of domain | KL | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["scheme", "settings", "loss", "out of domain", "KL", "CPU s"]
+    rows = []
     for (scheme, name), found in groups.items():
         whole = mean(loss(result, full, list(FILES)) for result in found)
         outside = mean(loss(result, full, abroad) for result in found)
         kl = mean(r["quality"][t]["kl"] for r in found for t in FILES)
         seconds = mean(result["cost"]["cpu_s"] for result in found)
-        lines.append(
-            f"| {scheme} | {name} | {whole:.4f} | {outside:.4f} | {kl:.4f} "
-            f"| {seconds:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        losses = [f"{value:.4f}" for value in (whole, outside, kl)]
+        rows.append([scheme, name, *losses, f"{seconds:.0f}"])
+    return markdown_table(columns, rows)
 
 
 def main(

@@ -47,6 +47,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks.markdown import markdown_table
 from benchmarks.methods import config_groups
 from benchmarks.quality import small_or_real
 from benchmarks.run_arm import put_weights_on_grid
@@ -418,7 +419,7 @@ def table(results: list[Result]) -> str:
     """Markdown: mean and standard deviation over the seeds, in the results' order."""
     columns = ["model", "method", "measured on", "data", "seeds"]
     columns += ["KL", "perplexity", "1 - KL/raw"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
 
     def question(r: Result) -> tuple[str, str, str]:
         return r.family, r.method, r.measured_on
@@ -433,9 +434,9 @@ def table(results: list[Result]) -> str:
                 reduction = f"{1 - mean(r.divergence for r in own) / mean(raw):+.1%}"
             divergence = spread([r.divergence for r in own], 4)
             perplexity = spread([r.perplexity for r in own], 2)
-            cells = [*key, arm, str(len(own)), divergence, perplexity, reduction]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            measured = [str(len(own)), divergence, perplexity, reduction]
+            rows.append([*key, arm, *measured])
+    return markdown_table(columns, rows)
 
 
 def spread(values: list[float], digits: int) -> str:

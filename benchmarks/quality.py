@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.markdown import markdown_table
 from benchmarks.methods import METHODS, Arm, measures_weights_alone
 from benchmarks.runner import Result, group_size_for, run_arms
 from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
@@ -132,17 +133,20 @@ def markdown(summary: list[dict], seeds: int) -> str:
     tasks = list(summary[0]["scores"])
     columns = ["scheme", "method", "loss", "in domain", "out of domain", "KL"]
     columns += ["CPU s", "MB", *tasks]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for row in summary:
-        scores = "".join(f" {row['scores'][task]:.3f} |" for task in tasks)
         spread = f" ± {row['spread']:.3f}" if seeds > 1 and row["spread"] else ""
-        lines.append(
-            f"| {row['scheme']} | {METHODS[row['method']]} "
-            f"| {row['loss']:.3f}{spread} | {row['in_domain']:.3f} "
-            f"| {row['out_of_domain']:.3f} | {row['kl']:.3f} "
-            f"| {row['cpu_s']:.0f} | {row['peak_mb']:.0f} |{scores}"
+        rows.append(
+            [
+                row["scheme"],
+                METHODS[row["method"]],
+                f"{row['loss']:.3f}{spread}",
+                *(f"{row[key]:.3f}" for key in ("in_domain", "out_of_domain", "kl")),
+                *(f"{row[key]:.0f}" for key in ("cpu_s", "peak_mb")),
+                *(f"{row['scores'][task]:.3f}" for task in tasks),
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return markdown_table(columns, rows)
 
 
 def verdicts(summary: list[dict]) -> list[tuple[str, bool]]:

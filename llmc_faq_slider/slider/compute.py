@@ -13,8 +13,8 @@ def product_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
     """
     dtype of matrix products on a device.
 
-    CPUs without AMX multiply bf16 slower than fp32, most of them by emulation, so that
-    ``auto`` is float32 there and bfloat16 elsewhere.
+    Without AMX the CPUs measured in docs/experiments.md multiply bf16 slower than fp32,
+    so that ``auto`` is float32 there and bfloat16 elsewhere.
     """
     if choice != "auto":
         return getattr(torch, choice)
