@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -321,7 +322,8 @@ class Lane:
 def lanes(
     family: Family, arms: list[str], methods: list[str], seeds: int, stores: Path
 ) -> list[Lane]:
-    kinds = dict.fromkeys(arm.partition(":")[0] for arm in arms)
+    # The longest first, or the last one runs alone.
+    kinds = Counter(arm.partition(":")[0] for arm in arms).most_common()
     return [
         Lane(
             family,
@@ -330,7 +332,7 @@ def lanes(
             seed,
             stores / f"{family.name}-{kind}-{seed}",
         )
-        for seed, kind in product(range(seeds), kinds)
+        for seed, (kind, _) in product(range(seeds), kinds)
     ]
 
 
