@@ -62,7 +62,7 @@ class FAQOptions(BaseModel):
     :param evaluation_sets: files or hub names of texts the data must not share a run of
         13 words with. Default none
     :param num_candidates: candidates per prompt (G), which compete if there are
-        several. Default 1: no choice among several beats it (docs/faq.md)
+        several. Default 1: choosing among several gains little (docs/faq.md)
     :param num_samples: rows of the calibration set (N). None: 128 with an
         accelerator, 32 without
     :param sequence_length: tokens of each row (L). None: 2048 with an accelerator, 512
