@@ -1,9 +1,7 @@
-"""Runs one arm in a process of its own and writes its result as JSON.
-
-python -m benchmarks.run_arm SPEC.json RESULT.json
-"""
+"""Runs one arm in a process of its own and writes its result as JSON."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -139,7 +137,14 @@ def measure(request: Path, target: Path) -> None:
     draft.rename(target)
 
 
-if __name__ == "__main__":
+def measure_logged(request: Path, target: Path, log: Path) -> None:
+    """:func:`measure`, with all that the process prints in ``log``."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
-    measure(Path(sys.argv[1]), Path(sys.argv[2]))
+    # AutoRound asks for deterministic operations, whose filling of new memory is a
+    # seventh of its time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    measure(request, target)

@@ -3,7 +3,6 @@
 import re
 from itertools import product
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -19,17 +18,16 @@ def runs(monkeypatch):
     """Arms that were run; in this process, and on random tokens instead of texts."""
     found = []
 
-    def in_this_process(command, **_):
-        request, target = map(Path, command[-2:])
+    def in_this_process(request, target, _log):
         found.append(target.stem)
         run_arm.measure(request, target)
-        return CompletedProcess(command, 0)
+        return 0
 
     def random_rows(_tokenizer, _name_or_seed, count, length):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 100, (count, length), generator=generator)
 
-    monkeypatch.setattr(runner.subprocess, "run", in_this_process)
+    monkeypatch.setattr(runner, "run_process", in_this_process)
     monkeypatch.setattr(run_arm, "calibration_rows", random_rows)
     monkeypatch.setattr(run_arm, "evaluation_rows", random_rows)
     return found
