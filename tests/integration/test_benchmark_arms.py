@@ -122,6 +122,21 @@ def test_the_table_has_what_was_measured_on_the_way(runs, tmp_path, capsys):
     assert printed.count("| W4A8 | round to nearest |") == 1
 
 
+def test_bounds_are_shares_of_loss_and_orders_of_divergence():
+    def row(method, loss, kl):
+        return {"scheme": "W4A16", "method": method, "loss": loss, "kl": kl}
+
+    ours, nobody = row("slider", 0.05, 0.08), row("nearest", 9.0, 9.0)
+    rows = [ours, nobody, row("gptq", 0.06, 0.07), row("autoround", 0.06, 0.09)]
+    verdicts = quality.verdicts(rows, order_alone=False)
+    assert [holds for _, holds in verdicts] == [False, True]
+    assert verdicts[0][0] == "W4A16, loss of SliderQuant: 0.83 x GPTQ (at most 0.8)"
+    weak = [row("slider", 0.05, 0.06), row("gptq", -0.01, 0.07)]
+    assert quality.verdicts(weak, order_alone=True) == [
+        ("W4A16, kl of SliderQuant: 0.86 x GPTQ (at most 1.0)", True)
+    ]
+
+
 def test_the_digest_changes_with_code_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     source = tmp_path / "llmc_faq_slider" / "slider" / "windows.py"
