@@ -54,7 +54,7 @@ def methods_for(scheme: str) -> list[str]:
 
 
 def seeds_of(scheme: str, method: str, seeds: int) -> range:
-    """All seeds for what a bound rests on, one for the rest."""
+    """All seeds for what a bound rests on, one for the rest of the table."""
     decides = method == "slider" or method in BOUNDS.get(scheme, {})
     return range(seeds if decides else 1)
 
@@ -211,7 +211,7 @@ def main(
     for seed in range(seeds):
         for scheme in schemes.split(","):
             for method in methods.split(",") if methods else methods_for(scheme):
-                if seed in seeds_of(scheme, method, seeds):
+                if methods or seed in seeds_of(scheme, method, seeds):
                     arms.append(arm(scheme, method, seed))
     # The longest first, or the last one runs alone.
     arms = sorted(

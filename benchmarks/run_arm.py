@@ -137,13 +137,14 @@ def measure(request: Path, target: Path) -> None:
     draft.rename(target)
 
 
-def measure_logged(request: Path, target: Path, log: Path) -> None:
+def measure_logged(request: Path, target: Path, log: Path, threads: int) -> None:
     """:func:`measure`, with all that the process prints in ``log``."""
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
+    torch.set_num_threads(threads)
     # AutoRound asks for deterministic operations, whose filling of new memory is a
     # seventh of its time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -49,19 +49,20 @@ def run_arms(
     """
     output.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with Progress() as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("arms", total=len(arms))
 
         def run(arm: Arm) -> Result:
-            result = run_arm(arm, output, group_size, tasks)
+            result = run_arm(arm, output, threads, group_size, tasks)
             progress.advance(bar)
             return result
 
         return list(pool.map(run, arms))
 
 
-def run_arm(arm: Arm, output: Path, group_size: int, tasks: list[str]) -> Result:
+def run_arm(
+    arm: Arm, output: Path, threads: int, group_size: int, tasks: list[str]
+) -> Result:
     spec = {
         "arm": vars(arm),
         "group_size": group_size,
@@ -83,19 +84,20 @@ def run_arm(arm: Arm, output: Path, group_size: int, tasks: list[str]) -> Result
             return stored
     request, log = output / f"{name}.spec", output / f"{name}.log"
     request.write_text(json.dumps(spec))
-    if run_process(request, target, log):
+    if run_process(request, target, log, threads):
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"arm {name} failed, see {log}:\n{tail}")
     return json.loads(target.read_text())
 
 
-def run_process(request: Path, target: Path, log: Path) -> int:
+def run_process(request: Path, target: Path, log: Path, threads: int) -> int:
     """Exit status of a process that measures one arm."""
     # Importing llm-compressor takes 20 s of a CPU, so arms are forked from a process
     # that has; a GPU cannot be used in a fork.
     context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["benchmarks.run_arm"])
-    process = context.Process(target=measure_logged, args=(request, target, log))
+    arguments = (request, target, log, threads)
+    process = context.Process(target=measure_logged, args=arguments)
     process.start()
     process.join()
     return process.exitcode or 0

@@ -18,7 +18,7 @@ def runs(monkeypatch):
     """Arms that were run; in this process, and on random tokens instead of texts."""
     found = []
 
-    def in_this_process(request, target, _log):
+    def in_this_process(request, target, _log, _threads):
         found.append(target.stem)
         run_arm.measure(request, target)
         return 0
@@ -54,6 +54,13 @@ def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "stages", other_stages)
     runner.run_arms(arms, tmp_path, 1, 64, [])
     assert len(runs) == 3
+
+
+def test_an_arm_that_fails_in_its_process_says_why(tmp_path):
+    missing = str(tmp_path / "missing")
+    arm = Arm(missing, "W4A16", "nearest", 0, 2, 8, 2)
+    with pytest.raises(RuntimeError, match=f"see {tmp_path}.*(?s:.*){missing}"):
+        runner.run_arms([arm], tmp_path, 1, 64, [])
 
 
 @pytest.mark.parametrize("scheme", quality.SCHEMES)
@@ -106,7 +113,7 @@ def test_the_table_has_what_was_measured_on_the_way(runs, tmp_path, capsys):
             model="small",
             schemes="W4A16,W4A8",
             methods="nearest",
-            seeds=1,
+            seeds=2,
             rows=2,
             length=8,
             evaluation_rows=2,
@@ -116,7 +123,7 @@ def test_the_table_has_what_was_measured_on_the_way(runs, tmp_path, capsys):
             quick=False,
         )
     assert ended.value.code == 0
-    assert len(runs) == 2
+    assert len(runs) == 3
     printed = capsys.readouterr().out
     assert printed.count("| W4A16 | round to nearest |") == 1
     assert printed.count("| W4A8 | round to nearest |") == 1
