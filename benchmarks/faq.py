@@ -30,7 +30,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -52,6 +51,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.methods import config_groups
 from benchmarks.quality import small_or_real
 from benchmarks.run_arm import put_weights_on_grid
+from benchmarks.runner import arm_context
 from benchmarks.served import SERVE_ENV
 from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import SliderQuantModifier, oneshot
@@ -346,7 +346,7 @@ def run(lane: Lane, chats: dict[str, list[Sample]], output: Path, threads: int) 
             continue
         # One process per data set: llm-compressor's tracing keeps every model it has
         # seen.
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, arm_context()) as process:
             work = (lane, arm, missing, chats, output, threads)
             process.submit(run_arm, *work).result()
 

@@ -145,7 +145,7 @@ def measure_logged(request: Path, target: Path, log: Path, threads: int) -> None
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     torch.set_num_threads(threads)
-    # AutoRound asks for deterministic operations, whose filling of new memory is a
-    # seventh of its time and changes no result.
+    # AutoRound asks for deterministic operations, which fill new memory before it is
+    # used. That costs time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False
     measure(request, target)

@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.methods import Arm, stages
 from benchmarks.run_arm import measure_logged
 from benchmarks.texts import ROOT
 
-__all__ = ["Result", "group_size_for", "run_arms", "source_digest"]
+__all__ = ["Result", "arm_context", "group_size_for", "run_arms", "source_digest"]
 
 Result = dict[str, Any]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -92,15 +93,20 @@ def run_arm(
 
 def run_process(request: Path, target: Path, log: Path, threads: int) -> int:
     """Exit status of a process that measures one arm."""
-    # Importing llm-compressor takes 20 s of a CPU, so arms are forked from a process
-    # that has; a GPU cannot be used in a fork.
-    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["benchmarks.run_arm"])
     arguments = (request, target, log, threads)
-    process = context.Process(target=measure_logged, args=arguments)
+    process = arm_context().Process(target=measure_logged, args=arguments)
     process.start()
     process.join()
     return process.exitcode or 0
+
+
+def arm_context() -> BaseContext:
+    """Makes processes for arms, which need not import llm-compressor again."""
+    # That takes many seconds of a CPU, so they are forked from a process that has
+    # imported it; a GPU cannot be used in a fork.
+    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["benchmarks.run_arm"])
+    return context
 
 
 def source_digest() -> str:
