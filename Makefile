@@ -22,7 +22,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq \
-	bench-serve prove-serving test chaos fuzz upstream quality format clean
+	bench-serve prove-serving test test-gpu chaos fuzz upstream quality format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -53,6 +53,10 @@ bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARG
 
 test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--least-cases 2000)
+
+test-gpu: $(VENV)/.ready ## what runs on an NVIDIA GPU; skipped without one
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest tests/gpu \
+		$(PYTEST_ARGS)
 
 fuzz: $(VENV)/.ready ## 50,000 generated cases, new ones every time
 	$(BIN)/python -m pytest tests/unit -m generated --hypothesis-profile fuzz \

@@ -1,13 +1,14 @@
-"""Served equals trained: vLLM on the CPU against the model as it was quantised.
+"""Served equals trained: vLLM against the model as it was quantised.
 
     make prove-serving
     python -m benchmarks.prove_serving --model smollm2 --recipes slider_w4a16
+    python -m benchmarks.prove_serving --model large --gpu-environment DIR
 
 Every recipe quantises the model with its own quantisation stages (rows of held-out text
 stand in for FAQ's, and group sizes shrink to what divides the model's layers). Then
 vLLM, offline and over HTTP, gives log-probabilities, greedy tokens and the output of
 each linear, and all are compared with the model in memory. A recipe that vLLM does not
-serve on this CPU, by the table of `llmc-faq-slider check`, is loaded in transformers
+serve here, by the table of `llmc-faq-slider check`, is loaded in transformers
 instead. Writes a file per recipe, ``summary.json`` and ``table.md``; exits with 1 if
 anything differs by more than its tolerance. What was proven with the same code and
 numbers is not proven again.
@@ -17,6 +18,8 @@ import copy
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +30,7 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
+from compressed_tensors.offload import remove_dispatch
 from datasets import Dataset
 from loguru import logger
 from torch import Tensor, nn
@@ -53,7 +57,13 @@ from llmc_faq_slider import oneshot
 from llmc_faq_slider.host.declared import declared_groups
 from llmc_faq_slider.host.recipe_lint import lint_recipe
 from llmc_faq_slider.report.server import serve as http_server
-from llmc_faq_slider.report.serving import Serving, describe, find_target, serve
+from llmc_faq_slider.report.serving import (
+    Serving,
+    Target,
+    describe,
+    find_target,
+    serve,
+)
 
 RECIPES = ROOT / "recipes"
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 20, 32, 16
@@ -106,9 +116,37 @@ class Proof:
             self.failures.append(sentence)
 
 
-def local_target() -> str:
-    """Name of this machine in the serving table."""
-    return "cpu-amx" if torch.cpu._is_amx_tile_supported() else "cpu"
+def local_target() -> Target:
+    """This machine's CPU in the serving table."""
+    return find_target("cpu-amx" if torch.cpu._is_amx_tile_supported() else "cpu")
+
+
+def gpu_target() -> Target | None:
+    """The first NVIDIA GPU of this machine, None without one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    lines = asked.stdout.split()
+    if asked.returncode or not lines:
+        return None
+    return find_target("sm" + lines[0].replace(".", ""))
+
+
+def where(gpu_environment: Path | None) -> tuple[Target, Path]:
+    """Target and environment of vLLM: the GPU if one is given for it, else the CPU."""
+    if gpu_environment is not None:
+        gpu = gpu_target()
+        if gpu is None:
+            sys.exit("Skipped: nvidia-smi finds no NVIDIA GPU here.")
+        return gpu, gpu_environment
+    unsupported = SERVE_ENV / "unsupported"
+    if unsupported.exists():
+        sys.exit(f"Skipped: {unsupported.read_text().strip()}.")
+    return local_target(), SERVE_ENV
 
 
 def own_stages(recipe: Path, layers: int, group_size: int, epochs: int | None) -> str:
@@ -144,6 +182,7 @@ def train(
     rows: Tensor,
     folder: Path,
     epochs: int | None,
+    target: Target,
 ) -> Trained:
     """Quantise, compute what is compared later, and save the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,9 +202,11 @@ def train(
         dataset=data,
         num_calibration_samples=len(ids),
     )
+    # Else it computes on the GPU where there is one, in copies of its weights.
+    remove_dispatch(quantised)
     modifiers, _ = lint_recipe(path)
     groups = [declared.group for declared in declared_groups(modifiers)]
-    servings = [serve(group, find_target(local_target())) for group in groups]
+    servings = [serve(group, target) for group in groups]
     computed = {serving.computes if serving.served else None for serving in servings}
     computes = computed.pop() if len(computed) == 1 else None
 
@@ -325,11 +366,13 @@ def prove(
     calibration: Tensor,
     rows: Tensor,
     folder: Path,
-    epochs: int | None = None,
-    http: bool = False,
+    epochs: int | None,
+    http: bool,
+    target: Target,
+    environment: Path,
 ) -> Proof:
     """Quantise by a recipe; compare what reads the checkpoint with what was made."""
-    trained = train(model, recipe, calibration, rows, folder, epochs)
+    trained = train(model, recipe, calibration, rows, folder, epochs, target)
     if trained.computes is None:
         return compare_reloaded(trained, rows)
     prompts = prompts_of(rows)
@@ -340,12 +383,13 @@ def prove(
         NEW_TOKENS,
         make_probes(trained.linears),
         folder / "vllm",
+        environment,
     )
     proof = compare(trained, answer, prompts)
     if http:
         log = folder / f"{trained.recipe}.log"
         tokenizer = AutoTokenizer.from_pretrained(trained.checkpoint)
-        with http_server(trained.checkpoint, SERVE_ENV, log, timeout=900) as server:
+        with http_server(trained.checkpoint, environment, log, timeout=900) as server:
             figures, failures = check_http(
                 server,
                 rows,
@@ -428,14 +472,16 @@ def main(
         int, typer.Option(help="of SliderQuant, 0 for the recipe's own")
     ] = 2,
     http: Annotated[bool, typer.Option(help="serve each over HTTP as well")] = True,
+    gpu_environment: Annotated[
+        Path | None,
+        typer.Option(help="prove it on the GPU: virtual environment with vLLM for it"),
+    ] = None,
     output: Annotated[Path, typer.Option()] = CACHE / "prove-serving",
 ) -> None:
     """Quantises with every recipe and compares what vLLM computes."""
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
-    unsupported = SERVE_ENV / "unsupported"
-    if unsupported.exists():
-        sys.exit(f"Skipped: {unsupported.read_text().strip()}.")
+    target, environment = where(gpu_environment)
     folder = small_or_real(model)
     chosen = (
         [RECIPES / f"{name}.yaml" for name in re.split(r"[,\s]+", recipes.strip())]
@@ -452,8 +498,8 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         first = calibration_rows(tokenizer, 0, calibration, 128)
         second = evaluation_rows(tokenizer, "wikipedia", rows, 128)
-    target = output / Path(folder).name
-    target.mkdir(parents=True, exist_ok=True)
+    results = output / target.name / Path(folder).name
+    results.mkdir(parents=True, exist_ok=True)
     proofs = []
     for recipe in tqdm(chosen, unit="recipe", desc="Proving"):
         settings = {
@@ -462,17 +508,26 @@ def main(
             "numbers": [rows, calibration, epochs, http],
         }
         one = partial(
-            prove, folder, recipe, first, second, target, epochs or None, http
+            prove,
+            folder,
+            recipe,
+            first,
+            second,
+            results,
+            epochs or None,
+            http,
+            target,
+            environment,
         )
-        proofs.append(stored(target / f"{recipe.stem}.json", settings, one))
+        proofs.append(stored(results / f"{recipe.stem}.json", settings, one))
     document: dict[str, Any] = {
         "model": Path(folder).name,
-        "target": local_target(),
+        "target": target.name,
         "proofs": [asdict(proof) for proof in proofs],
     }
-    (target / "summary.json").write_text(json.dumps(document, indent=1))
+    (results / "summary.json").write_text(json.dumps(document, indent=1))
     table = markdown(proofs)
-    (target / "table.md").write_text(table)
+    (results / "table.md").write_text(table)
     print(table)
     sys.exit(1 if any(proof.failures for proof in proofs) else 0)
 

@@ -14,7 +14,6 @@ those that vLLM's log names. Writes ``serving.json`` and ``serving.md``.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ import yaml
 from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.prove_serving import RECIPES, local_target, own_stages
+from benchmarks.prove_serving import RECIPES, gpu_target, local_target, own_stages
 from benchmarks.quality import small_or_real
 from benchmarks.runner import group_size_for
 from benchmarks.served import SERVE_ENV
@@ -40,7 +39,7 @@ from llmc_faq_slider.host.model_check import model_servings
 from llmc_faq_slider.host.recipe_lint import lint_recipe
 from llmc_faq_slider.host.skeleton import load_skeleton
 from llmc_faq_slider.report.server import Server, ServerError, serve
-from llmc_faq_slider.report.serving import Target, find_target
+from llmc_faq_slider.report.serving import Target
 
 ARMS = {
     "bf16": None,
@@ -79,21 +78,6 @@ class Row:
     memory_mb: float = 0.0
     skipped: str = ""
     loads: list[Load] = field(default_factory=list)
-
-
-def gpu_target() -> Target | None:
-    """The first NVIDIA GPU of this machine, None without one."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
-    lines = asked.stdout.split()
-    if asked.returncode or not lines:
-        return None
-    return find_target("sm" + lines[0].replace(".", ""))
 
 
 def make_checkpoint(model: str, arm: str, folder: Path) -> Path:
@@ -293,7 +277,7 @@ def main(
     if unsupported.exists():
         skipped.append(f"CPU part skipped: {unsupported.read_text().strip()}.")
     else:
-        cpu = find_target(local_target())
+        cpu = local_target()
         rows += bench(folder, cpu, SERVE_ENV, chosen, tokens, target)
     gpu = gpu_target()
     if gpu is None:

@@ -35,6 +35,9 @@ from kernel_inputs import kernel_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
+# A GPU may be shared with other work, and a proof needs little of it.
+GPU_MEMORY = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**30}
+
 
 def run(asked: dict[str, Any], checkpoint: str, stem: Path) -> None:
     """One checkpoint: its answers go to ``stem`` with two endings."""
@@ -46,6 +49,7 @@ def run(asked: dict[str, Any], checkpoint: str, stem: Path) -> None:
         max_num_seqs=8,
         enforce_eager=True,
         enable_prefix_caching=False,
+        **GPU_MEMORY if torch.cuda.is_available() else {},
     )
     document = {
         "logprobs": prompt_logprobs(llm, asked["rows"]),
@@ -95,10 +99,10 @@ def probe(
         linear: Any = model.get_submodule(name)
         scheme = getattr(linear, "scheme", None)
         kernels[name] = [type(scheme).__name__, kernel_of(scheme) or "none"]
-        result = linear(inputs)
-        outputs[name] = (
-            result[0] if isinstance(result, tuple) else result
-        ).contiguous()
+        device = next(linear.parameters()).device
+        result = linear(inputs.to(device))
+        output = result[0] if isinstance(result, tuple) else result
+        outputs[name] = output.cpu().contiguous()
     return kernels, outputs
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Numbers are those of the CPU; `make test-gpu` names a GPU and runs tests/gpu.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import generated  # noqa: E402
 import numpy as np  # noqa: E402

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from loguru import logger
 from torch import nn
 
+from llmc_faq_slider.slider.compute import deterministic
 from llmc_faq_slider.slider.head import JUDGED_TOKENS
 
 __all__ = [
@@ -41,6 +43,7 @@ class RowLimit:
 
     def __init__(self, rows: int):
         self.rows = rows
+        self.reproducible = True
 
     def pieces(self, batch: list[int]) -> Iterator[list[int]]:
         for start in range(0, len(batch), self.rows):
@@ -48,19 +51,26 @@ class RowLimit:
 
     def run(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """
-        Result of ``work``, tried again with half the rows when memory runs out.
+        Result of ``work``, tried again with half the rows when memory runs out. It is
+        deterministic unless the model has an operation that cannot be.
 
         :param undo: puts back what an attempt that failed has changed
         :raises MemoryError: if one row is too much
         """
         while True:
             try:
-                return work()
+                with deterministic() if self.reproducible else nullcontext():
+                    return work()
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
                 reason = str(error).partition("\n")[0]
+                unordered = self.reproducible and "deterministic" in reason
+                if not unordered and not out_of_memory(error):
+                    raise
             undo()
+            if unordered:
+                self.reproducible = False
+                logger.warning(f"Two runs on this GPU may differ in bits: {reason}")
+                continue
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

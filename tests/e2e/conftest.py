@@ -12,6 +12,7 @@ from benchmarks.prove_serving import (
     RECIPES,
     Trained,
     family_rows,
+    local_target,
     prompts_of,
     train,
 )
@@ -75,6 +76,7 @@ def proven(
             rows,
             folder,
             epochs=EPOCHS,
+            target=local_target(),
         )
         for name in PROVEN
     }

@@ -19,7 +19,6 @@ from benchmarks.served import computing, token_logprobs, tolerance
 from llmc_faq_slider import FAQModifier, SliderQuantModifier, oneshot
 from llmc_faq_slider.host.declared import declared_groups
 from llmc_faq_slider.report.server import MODEL_NAME, Server, serve
-from llmc_faq_slider.report.serving import find_target
 from llmc_faq_slider.report.serving import serve as look_up
 
 pytestmark = pytest.mark.e2e
@@ -81,7 +80,7 @@ def trip(
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)
     oneshot(model=model, recipe=[faq, slider])
     (declared,) = declared_groups([slider])
-    computes = look_up(declared.group, find_target(local_target())).computes
+    computes = look_up(declared.group, local_target()).computes
     assert computes is not None
     rows = family_rows(small_model, 4, 128, half=1)
     with computing(exact := copy.deepcopy(model).float().eval(), computes):

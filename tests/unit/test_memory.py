@@ -100,6 +100,18 @@ def test_one_row_that_does_not_fit_ends_with_advice(model):
         learn(model, RowLimit(8), room=0)
 
 
+def test_what_cannot_be_deterministic_is_done_all_the_same():
+    limit, undone = RowLimit(4), []
+
+    def work():
+        if limit.reproducible:
+            raise RuntimeError("cumsum does not have a deterministic implementation")
+        return limit.rows
+
+    assert limit.run(work, lambda: undone.append(True)) == 4
+    assert undone == [True]
+
+
 def test_other_errors_are_not_taken_for_memory():
     def work():
         raise RuntimeError("shape mismatch")
