@@ -47,6 +47,7 @@ from benchmarks.served import (
     exact_weights,
     input_errors,
     make_probes,
+    multiply_as_served,
     quantised_linears,
     run_vllm,
     token_logprobs,
@@ -70,8 +71,9 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 20, 32, 16
 PERPLEXITY_BOUND = 0.005
 SAME_PROMPTS = 18
 #: relative error of a kernel's output against the arithmetic it is said to do (bf16
-#: alone makes 0.0017), and how many times larger it is against any other
-LAYER_ERROR, LAYER_MARGIN = 0.004, 2
+#: alone makes 0.0017, Machete's zero points times scales in bf16 make 0.0055), and how
+#: many times larger it is against any other
+LAYER_ERROR, LAYER_MARGIN = 0.006, 2
 #: transformers computes the reloaded checkpoint as the model was computed in memory
 RELOAD_BOUND = 1e-3
 
@@ -212,10 +214,12 @@ def train(
 
     exact = copy.deepcopy(quantised).float()
     declared_logprobs = token_logprobs(exact, rows)
+    if computes is not None:
+        multiply_as_served(exact)
     with computing(exact, computes):
         logprobs = token_logprobs(exact, rows)
-    with computing(quantised, computes):
-        half = token_logprobs(quantised, rows)
+    with computing(half := copy.deepcopy(exact).to(torch.bfloat16), computes):
+        rounding = token_logprobs(half, rows) - logprobs
     checkpoint = folder / recipe.stem
     quantised.save_pretrained(checkpoint, save_compressed=True)
     AutoTokenizer.from_pretrained(model).save_pretrained(checkpoint)
@@ -229,7 +233,7 @@ def train(
         linears=quantised_linears(exact),
         logprobs=logprobs,
         declared=declared_logprobs,
-        rounding=half - logprobs,
+        rounding=rounding,
     )
 
 

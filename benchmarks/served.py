@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from kernel_inputs import input_errors, random_inputs
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.texts import ROOT
+from llmc_faq_slider.host.grids import linear_grids
 from llmc_faq_slider.report.serving import load_table
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "exact_weights",
     "input_errors",
     "make_probes",
+    "multiply_as_served",
     "quantised_linears",
     "run_vllm",
     "token_logprobs",
@@ -222,18 +224,28 @@ def token_logprobs(model: PreTrainedModel, rows: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def exact_weights(modules: list[nn.Module]) -> Tensor:
-    """Weights fp32 ``[outputs, inputs]`` on their grid, of linears that are fused."""
-    return torch.cat(
-        [
-            fake_quantize(
-                module.weight.float(),
-                module.weight_scale.float(),
-                module.weight_zero_point,
-                module.quantization_scheme.weights,
-            )
-            for module in modules
-        ]
-    )
+    """
+    Weights fp32 ``[outputs, inputs]`` as the kernel multiplies them, of linears that
+    are fused.
+    """
+    return torch.cat([_kernel_weight(module) for module in modules])
+
+
+def _kernel_weight(module: nn.Module) -> Tensor:
+    weight, scale = module.weight.float(), module.weight_scale.float()
+    if module.quantization_status == QuantizationStatus.COMPRESSED:
+        return weight
+    args = module.quantization_scheme.weights
+    stored = fake_quantize(weight, scale, module.weight_zero_point, args)
+    return linear_grids(module).weight.multiplied(stored, scale)
+
+
+def multiply_as_served(model: PreTrainedModel) -> None:
+    """Weights become what the kernel multiplies, for good; inputs stay quantised."""
+    for modules in quantised_linears(model).values():
+        for module in modules:
+            module.weight.data = exact_weights([module]).to(module.weight.dtype)
+            module.quantization_status = QuantizationStatus.COMPRESSED
 
 
 def make_probes(linears: dict[str, list[nn.Module]]) -> dict[str, Tensor]:

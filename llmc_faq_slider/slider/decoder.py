@@ -161,7 +161,7 @@ class Decoder:
         :return: mean of :func:`token_errors`
         """
         student = self.students.pop(index)
-        with student.installed(1.0, hidden.dtype, quantize_inputs=False):
+        with student.installed(1.0, hidden.dtype, as_served=False):
             trained = self.calls.run(index, hidden)
         commit(index, student.fold())
         return token_errors(self.calls.run(index, hidden), trained).mean().item()

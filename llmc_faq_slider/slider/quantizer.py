@@ -138,6 +138,18 @@ def round_straight_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
+def _fp8_steps(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Scales ``[out, groups]`` as vLLM's CUTLASS W4A8-FP8 loader splits them.
+
+    :return: steps in E4M3, as fp32, and the unit of each output channel ``[out, 1]``
+    """
+    unit = scale.amax(-1, keepdim=True) / FP8_MAX
+    # The loader keeps an eighth of each step; below 2^-3 that is subnormal.
+    steps = (scale / unit).clamp(min=2.0**-3).to(torch.float8_e4m3fn).float()
+    return steps, unit
+
+
 @dataclass(frozen=True)
 class WeightGrid:
     """
@@ -149,7 +161,7 @@ class WeightGrid:
     :param scale_dtype: dtype in which the checkpoint stores the scales
     :param fp8_scales: restrict the group scales of an output channel to
         (their maximum / 448) x E4M3, the values that vLLM's CUTLASS W4A8-FP8 loader
-        keeps
+        keeps, and let :meth:`multiplied` round weights as its kernel does
     """
 
     num_bits: int
@@ -224,12 +236,31 @@ class WeightGrid:
         )
         if not self.fp8_scales:
             return round_straight_through(scale, self.scale_dtype)
-        stored = scale.detach().to(self.scale_dtype).float()
-        unit = stored.amax(-1, keepdim=True) / FP8_MAX
-        # The loader keeps an eighth of each step; below 2^-3 that is subnormal.
-        steps = (stored / unit).clamp(min=2.0**-3).to(torch.float8_e4m3fn).float()
+        steps, unit = _fp8_steps(scale.detach().to(self.scale_dtype).float())
         stored = (steps * unit).to(self.scale_dtype).float()
         return scale + (stored - scale).detach()
+
+    def multiplied(self, weight: Tensor, scale: Tensor, ratio: float = 1.0) -> Tensor:
+        """
+        Quantised weight as the serving kernel multiplies it.
+
+        Only vLLM's CUTLASS kernel for W4AFP8 changes it: instead of multiplying codes
+        by scales it takes ``code * step / 8`` from a table of E4M3 numbers, which have
+        four digits. The gradient passes unchanged.
+
+        :param weight: ``[out, in]`` from :meth:`fake_quantize`
+        :param scale: fp32 ``[out, groups]`` from :meth:`stored_scale`
+        """
+        if not self.fp8_scales:
+            return weight
+        columns = quantized_columns(ratio, weight.shape[-1], self.group_size)
+        head = self.grouped(weight.detach()[:, :columns])
+        steps, unit = _fp8_steps(scale.detach())
+        steps, scale = (x[:, : head.shape[1], None] for x in (steps, scale.detach()))
+        entries = ((head / scale).round_() * (steps / 8)).to(torch.float8_e4m3fn)
+        served = (entries.float() * (8 * unit.unsqueeze(-1))).flatten(-2)
+        served = torch.cat([served, weight.detach()[:, columns:]], dim=1)
+        return weight + (served - weight).detach()
 
     def fake_quantize(
         self,

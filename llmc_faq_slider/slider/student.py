@@ -119,14 +119,22 @@ class StudentLinear:
             weight = self.low_rank.apply(weight)
         return weight, bias
 
-    def quantized(self, ratio: float) -> tuple[Tensor, Tensor | None]:
-        """Folded weight on its grid (leading columns only below ratio 1), and bias."""
+    def quantized(
+        self, ratio: float, as_served: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Folded weight on its grid (leading columns only below ratio 1), and bias.
+
+        :param as_served: as the kernel multiplies it, not as the checkpoint stores it
+        """
         weight, bias = self.folded()
         scale, zero_point = self.clipping.apply(weight)
         offset = None if self.rounding is None else self.rounding.offset
         weight = self.grids.weight.fake_quantize(
             weight, scale, zero_point, ratio, offset
         )
+        if as_served:
+            weight = self.grids.weight.multiplied(weight, scale, ratio)
         return weight, bias
 
 
@@ -246,17 +254,18 @@ class StudentLayer:
 
     @contextmanager
     def installed(
-        self, ratio: float, dtype: torch.dtype, quantize_inputs: bool = True
+        self, ratio: float, dtype: torch.dtype, as_served: bool = True
     ) -> Iterator[None]:
         """
         Make the layer's modules compute as the quantised student.
 
         :param ratio: intra-layer ratio; 0 quantises nothing (folds only)
         :param dtype: dtype of the matrix products
+        :param as_served: False for weights as they are stored and unquantised inputs
         """
-        inputs = QuantizedInputs(ratio if quantize_inputs else 0.0)
+        inputs = QuantizedInputs(ratio if as_served else 0.0)
         forwards: dict[nn.Module, Any] = {
-            linear.module: quantized_forward(linear, ratio, dtype, inputs)
+            linear.module: quantized_forward(linear, ratio, dtype, inputs, as_served)
             for linear in self.linears.values()
         }
         handles = []
@@ -280,7 +289,7 @@ class StudentLayer:
             weight, bias = linear.folded()
             scale, zero_point = linear.clipping.apply(weight)
             if linear.rounding is not None:
-                weight, _ = linear.quantized(1.0)
+                weight, _ = linear.quantized(1.0, as_served=False)
             linears[name] = FoldedLinear(weight, bias, scale, zero_point)
         norms = {name: scale.folded() for name, scale in self.norm_scales.items()}
         return FoldedLayer(linears, norms)
@@ -302,10 +311,14 @@ class QuantizedInputs:
 
 
 def quantized_forward(
-    linear: StudentLinear, ratio: float, dtype: torch.dtype, inputs: QuantizedInputs
+    linear: StudentLinear,
+    ratio: float,
+    dtype: torch.dtype,
+    inputs: QuantizedInputs,
+    as_served: bool,
 ) -> Any:
     """Forward of an ``nn.Linear`` with the student's weight, bias and input grid."""
-    weight, bias = linear.quantized(ratio) if ratio else linear.folded()
+    weight, bias = linear.quantized(ratio, as_served) if ratio else linear.folded()
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
 

@@ -37,21 +37,22 @@ class TunedLinear:
         """fp32 ``[out, groups]``, values that the checkpoint can hold."""
         return self.grids.weight.stored_scale(self.scale * self.factor)
 
-    def weight(self) -> Tensor:
-        """fp32 ``[out, in]``, on its grid."""
-        return (self.codes.float() * self.tuned_scale().unsqueeze(-1)).flatten(-2)
+    def weight(self, scale: Tensor) -> Tensor:
+        """fp32 ``[out, in]``, on the grid of ``scale``."""
+        return (self.codes.float() * scale.unsqueeze(-1)).flatten(-2)
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
         scale = self.tuned_scale()
-        return FoldedLinear(self.weight(), None, scale, self.zero_point)
+        return FoldedLinear(self.weight(scale), None, scale, self.zero_point)
 
     def forward(self, inputs: QuantizedInputs, dtype: torch.dtype) -> Any:
         bias = getattr(self.module, "bias", None)
 
         def forward(x: Tensor) -> Tensor:
             quantized = inputs(x, self.grids.input).to(dtype)
-            weight = self.weight().to(dtype)
+            scale = self.tuned_scale()
+            weight = self.grids.weight.multiplied(self.weight(scale), scale).to(dtype)
             shift = None if bias is None else bias.to(dtype)
             return F.linear(quantized, weight, shift).to(x.dtype)
 

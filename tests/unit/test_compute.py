@@ -1,9 +1,9 @@
-"""The dtype of matrix products, by what the device is good at."""
+"""How a device computes: the dtype of matrix products, and the same bits."""
 
 import pytest
 import torch
 
-from llmc_faq_slider.slider.compute import product_dtype
+from llmc_faq_slider.slider.compute import deterministic, product_dtype
 
 pytestmark = pytest.mark.unit
 
@@ -32,3 +32,19 @@ def test_what_the_recipe_says_counts(device):
 
 def test_this_machine_is_known():
     assert "architecture" in torch.cpu.get_capabilities()
+
+
+def test_gpus_are_told_to_be_deterministic_and_set_back(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ArithmeticError), deterministic():
+        assert torch.get_deterministic_debug_mode() == 2
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        raise ArithmeticError
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_cpus_are_left_alone():
+    with deterministic():
+        assert torch.get_deterministic_debug_mode() == 0

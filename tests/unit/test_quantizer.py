@@ -223,3 +223,52 @@ def test_fp8_scales_survive_the_cutlass_loader(seed, spread):
     loaded = (steps / 8).to(torch.float8_e4m3fn).float() * 8 * unit
     # What remains is bf16's own rounding of the stored scale.
     assert ((loaded - scale).abs() / scale).max() <= 2**-8
+
+
+@given(seed=st.integers(0, 2**20), spread=st.floats(0.0, 3.0))
+@settings(max_examples=60, deadline=None)
+def test_fp8_weights_are_those_of_the_cutlass_kernel(seed, spread):
+    """As vLLM's own test of the kernel makes its reference: code x scale, in E4M3."""
+    grid = WeightGrid(4, True, 16, torch.bfloat16, fp8_scales=True)
+    generator = torch.Generator().manual_seed(seed)
+    weight = weight_like(8, 128, seed)
+    weight *= torch.exp(
+        spread * torch.randn(8, 8, generator=generator)
+    ).repeat_interleave(16, 1)
+    scale, _ = grid.qparams(*grid.bounds(weight))
+    stored = grid.fake_quantize(weight, scale, None)
+    codes = (grid.grouped(stored) / scale.unsqueeze(-1)).round()
+
+    unit = scale.amax(-1, keepdim=True) / 448
+    group_scale = ((scale / unit).to(torch.float8_e4m3fn).float() / 8).to(
+        torch.float8_e4m3fn
+    )
+    products = (codes * group_scale.float().unsqueeze(-1)).to(torch.float8_e4m3fn)
+    expected = (products.float() * (8 * unit).unsqueeze(-1)).flatten(-2)
+
+    served = grid.multiplied(stored, scale)
+    assert torch.equal(served, expected)
+    assert (served - stored).abs().max() > 0
+    # Another rounding to the grid gives the codes back.
+    assert torch.equal(grid.fake_quantize(served, scale, None), stored)
+    half = grid.multiplied(stored, scale, 0.5)
+    assert torch.equal(half[:, :64], expected[:, :64])
+    assert torch.equal(half[:, 64:], stored[:, 64:])
+
+
+def test_kernels_of_other_formats_multiply_what_is_stored():
+    weight = weight_like(8, 64, 0)
+    grid = WeightGrid(4, True, 16, torch.bfloat16)
+    scale, _ = grid.qparams(*grid.bounds(weight))
+    assert grid.multiplied(weight, scale) is weight
+
+
+def test_the_kernels_rounding_passes_gradients():
+    grid = WeightGrid(4, True, 16, torch.bfloat16, fp8_scales=True)
+    weight = weight_like(8, 64, 0).requires_grad_()
+    scale, _ = grid.qparams(*grid.bounds(weight))
+    stored = grid.fake_quantize(weight, scale, None)
+    upstream = weight_like(8, 64, 1)
+    (direct,) = torch.autograd.grad(stored, weight, upstream, retain_graph=True)
+    (served,) = torch.autograd.grad(grid.multiplied(stored, scale), weight, upstream)
+    assert torch.equal(served, direct)

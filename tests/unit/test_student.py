@@ -96,14 +96,11 @@ def randomise(student, kinds):
 
 @torch.no_grad()
 def write_folded(layer, folded, grids):
-    """Store folded tensors the plainest way there is."""
+    """Store folded tensors the plainest way there is, as the kernel multiplies them."""
     for name, linear in folded.linears.items():
-        module = layer.get_submodule(name)
-        module.weight.copy_(
-            grids[name].weight.fake_quantize(
-                linear.weight, linear.scale, linear.zero_point
-            )
-        )
+        module, grid = layer.get_submodule(name), grids[name].weight
+        stored = grid.fake_quantize(linear.weight, linear.scale, linear.zero_point)
+        module.weight.copy_(grid.multiplied(stored, linear.scale))
         if linear.bias is not None:
             module.bias.copy_(linear.bias)
     for name, weight in folded.norms.items():
