@@ -196,7 +196,7 @@ def test_regenerated_data_is_learned_from(generator, small_model, tmp_path):
 def test_sensitivity_command(small_model, tmp_path):
     command = [sys.executable, "-m", "llmc_faq_slider.cli", "sensitivity"]
     done = subprocess.run(
-        [*command, str(small_model), "--device", "cpu"],
+        [*command, str(small_model), "--device", "cuda"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
