@@ -194,13 +194,13 @@ def main(
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench",
     quick: Annotated[
-        bool, typer.Option(help="W4A16 and W3A16, one seed, rows of 64 tokens")
+        bool, typer.Option(help="W4A16 and W3A16, one seed, rows of 32 tokens")
     ] = False,
 ) -> None:
     """Runs all arms, prints the table and checks the bounds."""
     folder = small_or_real(model)
     if quick:
-        schemes, seeds, length = "W4A16,W3A16", 1, 64
+        schemes, seeds, length = "W4A16,W3A16", 1, 32
         methods = methods or "gptq,autoround,slider"
 
     def arm(scheme: str, method: str, seed: int) -> Arm:

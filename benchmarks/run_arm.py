@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.methods import Arm, measures_weights_alone, stages
 from benchmarks.texts import FILES, calibration_rows, evaluation_rows
 from llmc_faq_slider import oneshot
-from llmc_faq_slider.report.perplexity import kl_divergence, next_token_loss
+from llmc_faq_slider.report.perplexity import loss_and_divergence, next_token_loss
 
 EVALUATION_LENGTH = 512
 
@@ -48,16 +48,18 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
 
 
 def quality(model: PreTrainedModel, arm: Arm) -> dict[str, dict[str, float]]:
-    """Loss per token, and divergence from full precision, by text."""
+    """Loss per token, and divergence from full precision on half of it, by text."""
     tokenizer = AutoTokenizer.from_pretrained(arm.model)
     reference = load(arm.model)
     found = {}
     for name in FILES:
         rows = evaluation_rows(tokenizer, name, arm.evaluation_rows, EVALUATION_LENGTH)
-        found[name] = {
-            "loss": next_token_loss(model, rows),
-            "kl": kl_divergence(reference, model, rows[: max(1, len(rows) // 2)]),
-        }
+        compared, rest = rows.tensor_split([max(1, len(rows) // 2)])
+        loss, kl = loss_and_divergence(reference, model, compared)
+        if len(rest):
+            share = len(compared) / len(rows)
+            loss = share * loss + (1 - share) * next_token_loss(model, rest)
+        found[name] = {"loss": loss, "kl": kl}
     return found
 
 

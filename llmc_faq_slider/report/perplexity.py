@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["kl_divergence", "next_token_loss", "perplexity"]
+__all__ = ["loss_and_divergence", "next_token_loss", "perplexity"]
 
 
 def perplexity(
@@ -51,26 +51,31 @@ def next_token_loss(model: PreTrainedModel, rows: Tensor, batch_size: int = 8) -
 
 
 @torch.inference_mode()
-def kl_divergence(
+def loss_and_divergence(
     reference: PreTrainedModel,
     model: PreTrainedModel,
     rows: Tensor,
     batch_size: int = 8,
-) -> float:
-    """Returns KL(reference || model) of the next-token distribution, mean in nats.
+) -> tuple[float, float]:
+    """
+    Returns :func:`next_token_loss` of the model, and KL(reference || model) of the
+    next-token distribution, mean in nats, from one pass of each.
 
     :param rows: token ids ``[rows, length]``, without padding
     """
-    total = 0.0
+    loss = divergence = 0.0
     pairs = zip(
         _row_logits(reference, rows, batch_size),
         _row_logits(model, rows, batch_size),
         strict=True,
     )
-    for (_, expected), (_, found) in pairs:
+    for (row, expected), (_, found) in pairs:
         expected, found = expected.log_softmax(-1), found.log_softmax(-1)
-        total += (expected.exp() * (expected - found)).sum(-1).double().sum().item()
-    return total / rows[:, 1:].numel()
+        difference = (expected.exp() * (expected - found)).sum(-1)
+        divergence += difference.double().sum().item()
+        loss -= found.gather(1, row[1:, None]).double().sum().item()
+    tokens = rows[:, 1:].numel()
+    return loss / tokens, divergence / tokens
 
 
 def _row_logits(
