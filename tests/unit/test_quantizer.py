@@ -207,16 +207,19 @@ def test_rows_without_values_stay_finite(bad):
         assert torch.isfinite(x).all()
 
 
+def uneven_weight(seed, spread):
+    """``[8, 128]``, its groups of 16 of sizes that differ by ``exp(spread)``."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(spread * torch.randn(8, 8, generator=generator))
+    return weight_like(8, 128, seed) * sizes.repeat_interleave(16, 1)
+
+
 @given(seed=st.integers(0, 2**20), spread=st.floats(0.0, 3.0))
 @settings(max_examples=60, deadline=None)
 def test_fp8_scales_survive_the_cutlass_loader(seed, spread):
     """The loader keeps a group scale as (row maximum / 448) x E4M3 / 8 x 8."""
     grid = WeightGrid(4, True, 16, torch.bfloat16, fp8_scales=True)
-    generator = torch.Generator().manual_seed(seed)
-    weight = weight_like(8, 128, seed)
-    weight *= torch.exp(
-        spread * torch.randn(8, 8, generator=generator)
-    ).repeat_interleave(16, 1)
+    weight = uneven_weight(seed, spread)
     scale, _ = grid.qparams(*grid.bounds(weight))
     unit = scale.amax(-1, keepdim=True) / 448
     steps = (scale / unit).to(torch.float8_e4m3fn).float()
@@ -230,11 +233,7 @@ def test_fp8_scales_survive_the_cutlass_loader(seed, spread):
 def test_fp8_weights_are_those_of_the_cutlass_kernel(seed, spread):
     """As vLLM's own test of the kernel makes its reference: code x scale, in E4M3."""
     grid = WeightGrid(4, True, 16, torch.bfloat16, fp8_scales=True)
-    generator = torch.Generator().manual_seed(seed)
-    weight = weight_like(8, 128, seed)
-    weight *= torch.exp(
-        spread * torch.randn(8, 8, generator=generator)
-    ).repeat_interleave(16, 1)
+    weight = uneven_weight(seed, spread)
     scale, _ = grid.qparams(*grid.bounds(weight))
     stored = grid.fake_quantize(weight, scale, None)
     codes = (grid.grouped(stored) / scale.unsqueeze(-1)).round()
