@@ -71,9 +71,10 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 20, 32, 16
 PERPLEXITY_BOUND = 0.005
 SAME_PROMPTS = 18
 #: relative error of a kernel's output against the arithmetic it is said to do (bf16
-#: alone makes 0.0017, Machete's zero points times scales in bf16 make 0.0055), and how
-#: many times larger it is against any other
-LAYER_ERROR, LAYER_MARGIN = 0.006, 2
+#: alone makes 0.0017), and how many times larger it is against any other
+LAYER_ERROR, LAYER_MARGIN = 0.004, 2
+#: Machete rounds products of zero point and scale to bf16, which makes 0.0055
+LAYER_ERRORS = {"MacheteLinearKernel": 0.006}
 #: transformers computes the reloaded checkpoint as the model was computed in memory
 RELOAD_BOUND = 1e-3
 
@@ -309,7 +310,8 @@ def _compare_layers(proof: Proof, trained: Trained, answer: Answer) -> None:
         own = errors.pop(str(trained.computes))
         largest, margin = max(largest, own), min(margin, min(errors.values()) / own)
     proof.figures |= {"layer error": largest, "layer margin": margin}
-    proof.expect(largest < LAYER_ERROR, f"a layer's output is off by {largest:.4f}")
+    bound = LAYER_ERRORS.get(proof.kernel, LAYER_ERROR)
+    proof.expect(largest < bound, f"a layer's output is off by {largest:.4f}")
     proof.expect(
         margin > LAYER_MARGIN,
         f"a layer's output is only {margin:.1f} times closer to that of its inputs "

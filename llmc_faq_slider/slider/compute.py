@@ -40,10 +40,8 @@ def deterministic() -> Iterator[None]:
     # PyTorch insists on it; it is read at every matrix product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
-    mode, filled = (
-        torch.get_deterministic_debug_mode(),
-        memory.fill_uninitialized_memory,
-    )
+    mode = torch.get_deterministic_debug_mode()
+    filled = memory.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")
     # Filling new memory costs time and changes no result.
     memory.fill_uninitialized_memory = False

@@ -250,6 +250,7 @@ class WeightGrid:
 
         :param weight: ``[out, in]`` from :meth:`fake_quantize`
         :param scale: fp32 ``[out, groups]`` from :meth:`stored_scale`
+        :param ratio: intra-layer ratio; columns behind it stay as they are
         """
         if not self.fp8_scales:
             return weight
@@ -259,7 +260,8 @@ class WeightGrid:
         steps, scale = (x[:, : head.shape[1], None] for x in (steps, scale.detach()))
         entries = ((head / scale).round_() * (steps / 8)).to(torch.float8_e4m3fn)
         served = (entries.float() * (8 * unit.unsqueeze(-1))).flatten(-2)
-        served = torch.cat([served, weight.detach()[:, columns:]], dim=1)
+        if columns < weight.shape[-1]:
+            served = torch.cat([served, weight.detach()[:, columns:]], dim=1)
         return weight + (served - weight).detach()
 
     def fake_quantize(

@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 from compressed_tensors.offload import remove_dispatch
-from datasets import Dataset
 from family import (
     RECIPES,
     TESTS,
@@ -41,14 +40,6 @@ W3A16 = {
         },
     }
 }
-
-
-def long_rows(model, count, length):
-    ids = held_out_rows(model, half=0).flatten()[: count * length]
-    rows = ids.view(count, length).tolist()
-    return Dataset.from_dict(
-        {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
-    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -94,7 +85,7 @@ def test_same_inputs_give_the_same_bytes(closing_epochs, small_model, tmp_path):
                 epochs=2,
                 closing_epochs=closing_epochs,
             ),
-            dataset=long_rows(small_model, 8, 1024),
+            dataset=calibration_set(small_model, 8, 1024),
             output_dir=str(tmp_path / run),
         )
     first, *others = (p.read_bytes() for p in tmp_path.glob("*/model.safetensors"))
@@ -105,13 +96,9 @@ RUN = """
 import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/integration"]
 import chaos
+from family import calibration_set
 from pathlib import Path
-rows = chaos.Dataset.from_dict(
-    {{
-        "input_ids": (ids := chaos.held_out_rows(chaos.MODEL, half=0)[:4].tolist()),
-        "attention_mask": [[1] * len(row) for row in ids],
-    }}
-)
+rows = calibration_set(chaos.MODEL, 4)
 chaos.run("bfloat16", {state}, Path({output!r}), rows)
 """
 
@@ -140,7 +127,7 @@ def test_an_ended_run_goes_on_to_the_same_bytes(number, tmp_path):
 
 def test_rows_are_halved_until_a_step_fits(small_model, gpu):
     """The process is given less memory than it took, and than the GPU says it has."""
-    data = long_rows(small_model, 8, 1024)
+    data = calibration_set(small_model, 8, 1024)
 
     def learn():
         stage = SliderQuantModifier(

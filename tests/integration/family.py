@@ -30,10 +30,11 @@ def held_out_rows(model: Path, half: int) -> Tensor:
     return rows[shuffled]
 
 
-def calibration_set(model: Path, rows: int = 32) -> Dataset:
-    ids = held_out_rows(model, half=0)[:rows].tolist()
+def calibration_set(model: Path, rows: int = 32, length: int = LENGTH) -> Dataset:
+    ids = held_out_rows(model, half=0).flatten()[: rows * length]
+    lists = ids.view(rows, length).tolist()
     return Dataset.from_dict(
-        {"input_ids": ids, "attention_mask": [[1] * LENGTH for _ in ids]}
+        {"input_ids": lists, "attention_mask": [[1] * length for _ in lists]}
     )
 
 
