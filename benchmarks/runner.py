@@ -21,6 +21,11 @@ from benchmarks.texts import ROOT
 __all__ = ["Result", "arm_context", "group_size_for", "run_arms", "source_digest"]
 
 Result = dict[str, Any]
+# glibc would return large tensors' memory at once and have it filled with zeros again.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
@@ -104,6 +109,8 @@ def arm_context() -> BaseContext:
     """Makes processes for arms, which need not import llm-compressor again."""
     # That takes many seconds of a CPU, so they are forked from a process that has
     # imported it; a GPU cannot be used in a fork.
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
     context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["benchmarks.run_arm"])
     return context

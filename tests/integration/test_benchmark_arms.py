@@ -63,6 +63,32 @@ def test_an_arm_that_fails_in_its_process_says_why(tmp_path):
         runner.run_arms([arm], tmp_path, 1, 64, [])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fast_products_are_those_of_bf16(monkeypatch, autocast):
+    monkeypatch.setattr(run_arm, "product_dtype", lambda *_: torch.float32)
+    plain = torch.nn.functional.linear
+    torch.manual_seed(0)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    inputs, weight, bias = (
+        torch.randn(size, dtype=dtype, requires_grad=True)
+        for size in ((16, 64), (32, 64), (32,))
+    )
+
+    def found():
+        with torch.autocast("cpu", enabled=autocast):
+            outputs = torch.nn.functional.linear(inputs, weight, bias)
+        gradients = torch.autograd.grad(outputs.square().sum(), (inputs, weight, bias))
+        return (outputs, *gradients)
+
+    expected = found()
+    with run_arm.fast_products():
+        assert torch.nn.functional.linear is not plain
+        for one, other in zip(found(), expected, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=0.01, atol=0.05)
+    assert torch.nn.functional.linear is plain
+
+
 @pytest.mark.parametrize("scheme", quality.SCHEMES)
 def test_every_method_of_a_scheme_has_a_recipe(scheme):
     extra = {"W2A16": ["slider_ends_w4"], "W4A4": ["spinquant_slider"]}
