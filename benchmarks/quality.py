@@ -214,7 +214,9 @@ def main(
                 if methods or seed in seeds_of(scheme, method, seeds):
                     arms.append(arm(scheme, method, seed))
     # Long arms first, or the last one runs alone.
-    arms = sorted(without_twins(arms), key=lambda arm: arm.method not in LONG)
+    arms = sorted(
+        without_twins(arms), key=lambda arm: (*LONG, arm.method).index(arm.method)
+    )
     target = output / Path(folder).name
     size = group_size_for(folder)
     chosen = [task for task in tasks.split(",") if task]

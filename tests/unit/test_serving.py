@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from bad_recipes import FP8, INT4, INT8, ROOT, group, slider
+import serving_matrix
+from bad_recipes import FP8, INT4, INT8, group, slider
 from generated import cases
 from hypothesis import strategies as st
 
@@ -224,11 +223,6 @@ def test_stage_warns_of_formats_that_nobody_serves_as_declared(said):
 
 
 def test_readme_shows_the_table():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import serving_matrix
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
     readme = serving_matrix.README.read_text("utf-8")
     assert serving_matrix.updated(readme) == readme, (
         "run .venv/bin/python scripts/serving_matrix.py"
