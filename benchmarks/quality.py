@@ -190,17 +190,19 @@ def main(
     methods: Annotated[str, typer.Option(help="default: all for a scheme")] = "",
     seeds: Annotated[int, typer.Option()] = 3,
     rows: Annotated[int, typer.Option(help="calibration rows")] = 80,
-    length: Annotated[int, typer.Option(help="tokens per row")] = 48,
+    length: Annotated[int, typer.Option(help="tokens per row")] = 128,
     evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 8,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
     output: Annotated[Path, typer.Option()] = CACHE / "bench",
-    quick: Annotated[bool, typer.Option(help="W4A16 and W3A16, one seed")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="W4A16 and W3A16, one seed, rows of 32 tokens")
+    ] = False,
 ) -> None:
     """Runs all arms, prints the table and checks the bounds."""
     folder = small_or_real(model)
     if quick:
-        schemes, seeds = "W4A16,W3A16", 1
+        schemes, seeds, length = "W4A16,W3A16", 1, 32
         methods = methods or "gptq,autoround,slider"
 
     def arm(scheme: str, method: str, seed: int) -> Arm:
