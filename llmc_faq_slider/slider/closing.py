@@ -45,6 +45,9 @@ __all__ = ["ClosingResult", "ClosingSettings", "tune_scales"]
 
 RETRIES = 2
 RETRY_RATE = 0.1
+# An end is put back when its loss is this many times the start's. Windows fit the rows
+# that judge both, so that an end above its start may still be better on other text.
+TOLERATED_RISE = 2.0
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,14 @@ class ClosingResult:
     """
     Mean KL divergence per token from full precision, in nats.
 
+    :param kept_start: its end was far worse, so the start was kept
     :param retries: times it began anew at a lower rate after a loss that was not finite
     """
 
     start_loss: float
     loss: float
+    kept_start: bool = False
     retries: int = 0
-
-    @property
-    def kept_start(self) -> bool:
-        return not self.loss < self.start_loss
 
 
 class _ScaleTuning:
@@ -192,7 +193,7 @@ def tune_scales(
     stop: StopRequest | None = None,
 ) -> ClosingResult:
     """
-    Tune the scales of all linears; the better of start and end stays in them.
+    Tune the scales of all linears; an end that is far worse than the start is put back.
 
     A loss that is not finite puts the start back, and the pass begins anew at a tenth
     of the rate, twice at most.
@@ -228,16 +229,18 @@ def tune_scales(
         for attempt in range(saved_attempt(saved), RETRIES + 1):
             finite = tuning.descend(attempt, saved, stop)
             loss = tuning.judge() if finite else nan
-            result = ClosingResult(start_loss, loss, attempt)
-            if isfinite(result.loss):
+            if isfinite(loss):
                 break
             tuning.reset()
             logger.warning(
                 f"closing pass, attempt {attempt + 1}: the loss is not finite"
             )
-    if result.kept_start:
+    # Negated so that a loss that is not a number keeps the start too.
+    kept_start = not loss <= TOLERATED_RISE * start_loss
+    if kept_start:
         tuning.reset()
-        result.loss = start_loss
+        loss = start_loss
+    result = ClosingResult(start_loss, loss, kept_start, attempt)
     logger.info(
         f"closing pass: divergence {result.start_loss:.4e} -> {result.loss:.4e}"
         + (", start kept" if result.kept_start else "")

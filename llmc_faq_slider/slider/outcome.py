@@ -82,7 +82,6 @@ def _closing(result: ClosingResult) -> dict[str, Any]:
     return asdict(result) | {
         "start_loss": _finite(result.start_loss),
         "loss": _finite(result.loss),
-        "kept_start": result.kept_start,
     }
 
 

@@ -2,7 +2,11 @@ import pytest
 import torch
 from learning import CPU, LINEARS, rows_of
 
-from llmc_faq_slider.slider.closing import ClosingSettings, tune_scales
+from llmc_faq_slider.slider.closing import (
+    ClosingSettings,
+    _ScaleTuning,
+    tune_scales,
+)
 from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import capture_decoder
@@ -102,3 +106,15 @@ def test_head_gives_the_models_own_log_probabilities(model, rows):
         expected = model(input_ids=rows[0].unsqueeze(0)).logits.log_softmax(-1)
         found = head.log_probabilities(calls.run_span(range(len(layers)), hidden[0]))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("rise", "kept"), [(1.9, False), (2.1, True)])
+def test_an_end_may_judge_worse_on_the_rows_that_windows_fit(
+    model, rows, monkeypatch, rise, kept
+):
+    judged = iter([1.0, rise])
+    monkeypatch.setattr(_ScaleTuning, "judge", lambda _: next(judged))
+    result, linears = close(model, rows, WeightGrid(4, True, 16, torch.float32), 1e-2)
+    assert (result.kept_start, result.loss) == (kept, 1.0 if kept else rise)
+    factors = [linear.factor for linear in linears[0].values()]
+    assert all(bool((f == 1).all()) == kept for f in factors)

@@ -26,14 +26,14 @@ def test_kept_starts_and_retries_are_named():
     kept, retried = remarks([LEARNED, KEPT, RETRIED], None)
     assert "window over layers 1-2 did not lower its loss of 5.0000e-01" in kept
     assert "window over layer 3 began anew once" in retried
-    kept, retried = remarks([], ClosingResult(1.0, 1.0, retries=2))
+    kept, retried = remarks([], ClosingResult(1.0, 1.0, kept_start=True, retries=2))
     assert "closing pass did not lower its loss of 1.0000e+00" in kept
     assert "closing pass began anew 2 times" in retried
 
 
 def test_the_record_is_plain_json():
     broken = WindowResult(Window(0, 1, "fixed"), torch.nan, torch.inf, 1.0, True, 2)
-    closing = ClosingResult(1.0, 0.5, 1)
+    closing = ClosingResult(1.0, 0.5, retries=1)
     outcome = Outcome(8, 512, [LEARNED, broken], closing, ["One sentence."])
     record = json.loads(json.dumps(outcome.record(), allow_nan=False))
     assert (record["rows"], record["tokens"]) == (8, 512)
