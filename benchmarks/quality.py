@@ -27,8 +27,8 @@ from benchmarks.texts import CACHE, FILES, IN_DOMAIN, ROOT
 SCHEMES = ("W4A16", "W4A8", "W3A16", "W2A16", "W4A4")
 # Models of the tests, which know their texts badly.
 FAMILY = ("small", "large")
-# Methods that take minutes longer than the others.
-LONG = ("slider", "slider_fixed", "autoround")
+# Methods that take minutes longer than the others, the longest first.
+LONG = ("autoround", "slider", "slider_fixed")
 # Loss of SliderQuant's defaults as a share of a method's, at most.
 BOUNDS = {
     "W4A16": {"gptq": 0.80, "autoround": 1.0, "slider_fixed": 1.0},

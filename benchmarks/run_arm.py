@@ -81,9 +81,9 @@ def put_weights_on_grid(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_products(device: torch.device) -> Iterator[None]:
     """
-    bf16 linears multiply in fp32 and round the sums, where the CPU is faster at that:
+    bf16 linears multiply in fp32 and round the sums, where the device is faster at it:
     the same numbers but for the order of the sums. Our stage does so by itself.
     """
     plain = functional.linear
@@ -99,8 +99,7 @@ def fast_products() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False):
             return plain(*exact).bfloat16()
 
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu and product_dtype("auto", torch.device("cpu")) == torch.float32:
+    if product_dtype("auto", device) == torch.float32:
         functional.linear = linear
     try:
         yield
@@ -131,7 +130,7 @@ def quantize(
         model.set_attn_implementation("eager")
     ours = "slider" in arm.method
     wall, cpu = time.monotonic(), time.process_time()
-    with nullcontext() if ours else fast_products():
+    with nullcontext() if ours else fast_products(model.device):
         oneshot(
             model=model, recipe=recipe, dataset=data, num_calibration_samples=arm.rows
         )

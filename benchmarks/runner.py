@@ -107,10 +107,10 @@ def run_process(request: Path, target: Path, log: Path, threads: int) -> int:
 
 def arm_context() -> BaseContext:
     """Makes processes for arms, which need not import llm-compressor again."""
-    # That takes many seconds of a CPU, so they are forked from a process that has
-    # imported it; a GPU cannot be used in a fork.
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
+    # That takes many seconds of a CPU, so they are forked from a process that has
+    # imported it; a GPU cannot be used in a fork.
     context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["benchmarks.run_arm"])
     return context

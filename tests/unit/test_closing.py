@@ -2,11 +2,7 @@ import pytest
 import torch
 from learning import CPU, LINEARS, rows_of
 
-from llmc_faq_slider.slider.closing import (
-    ClosingSettings,
-    _ScaleTuning,
-    tune_scales,
-)
+from llmc_faq_slider.slider.closing import ClosingSettings, _ScaleTuning, tune_scales
 from llmc_faq_slider.slider.head import OutputHead, frozen
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import capture_decoder
