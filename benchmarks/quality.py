@@ -190,7 +190,7 @@ def main(
     methods: Annotated[str, typer.Option(help="default: all for a scheme")] = "",
     seeds: Annotated[int, typer.Option()] = 3,
     rows: Annotated[int, typer.Option(help="calibration rows")] = 80,
-    length: Annotated[int, typer.Option(help="tokens per row")] = 128,
+    length: Annotated[int, typer.Option(help="tokens per row")] = 48,
     evaluation_rows: Annotated[int, typer.Option(help="of 512 tokens, per text")] = 8,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks")] = "",
     jobs: Annotated[int, typer.Option(help="arms at a time")] = 2,
