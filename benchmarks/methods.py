@@ -44,6 +44,8 @@ METHODS = {
 PAPER: dict[str, Any] = {
     "epochs": 2,
     "closing_epochs": 0,
+    "shallow_layers": 4,
+    "deep_layers": 4,
     "ratio": 0.5,
     "rounding_travel": 0,
     "channel_scales": True,

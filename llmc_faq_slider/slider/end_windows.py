@@ -13,10 +13,13 @@ from llmc_faq_slider.slider.student import LinearGrids
 
 __all__ = ["end_windows"]
 
+# Appendix Table A, for models of 32 layers and more.
+PAPERS_ENDS = 4
+
 
 def end_windows(
-    shallow: int | Literal["auto"],
-    deep: int | Literal["auto"],
+    shallow: int | Literal["auto"] | None,
+    deep: int | Literal["auto"] | None,
     model: nn.Module,
     layers: list[nn.Module],
     rows: list[Tensor],
@@ -24,12 +27,19 @@ def end_windows(
     device: torch.device,
 ) -> tuple[int, int]:
     """
-    Both numbers as they are, or as the layers' sensitivity proposes.
+    Both numbers as they are, as the layers' sensitivity proposes, or the default.
+
+    The default, where one is None, is the paper's 4. In a model of fewer than 16 layers
+    it is a quarter of them, at least 1: with four at each end of eight no fixed window
+    but one is left, which costs more time and loses more (docs/experiments.md).
 
     :param rows: token ids ``[length]``, of which a sample is measured on
     :param grids: number formats by layer index and name of linear
     :raises ValueError: see :func:`measure_sensitivity`
     """
+    default = min(PAPERS_ENDS, max(1, len(layers) // 4))
+    shallow = default if shallow is None else shallow
+    deep = default if deep is None else deep
     if shallow != "auto" and deep != "auto":
         return shallow, deep
     measured = measure_sensitivity(model, layers, sample_rows(rows), grids, device)

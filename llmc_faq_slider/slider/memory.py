@@ -24,9 +24,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: fp32 copies of a weight in a training step: weight, offset, its gradient, scaled,
-#: divided, quantised and its gradient
-WEIGHT_COPIES = 7
+#: fp32 copies of a weight in a training step: weight, offset, its gradient and mean
+#: square, scaled, divided, quantised and its gradient
+WEIGHT_COPIES = 8
 #: bytes per input and output of a linear that the backward pass keeps
 ACTIVATION_BYTES = 12
 #: fp32 logits and log-probabilities of student and teacher, and their gradient

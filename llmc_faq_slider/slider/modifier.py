@@ -119,9 +119,10 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
 
     :param shallow_layers: number of growing windows L_s, 0 for none; ``auto`` measures
         on some calibration rows what quantising each layer alone does to the output,
-        and takes as many as the first layers stand out
-    :param deep_layers: number of shrinking windows L_d, 0 for none; ``auto`` as above,
-        for the last layers
+        and takes as many as the first layers stand out. None: 4 as in the paper, but
+        at most a quarter of the layers (docs/experiments.md)
+    :param deep_layers: number of shrinking windows L_d, 0 for none; ``auto`` and None
+        as above, for the last layers
     :param window_size: layers per fixed window s
     :param window_stride: layers by which a fixed window moves, i
     :param ratio: intra-layer ratio γ; a window is trained in 1/γ stages that quantise
@@ -143,9 +144,10 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         bits): a rate that suits two bits would shake four-bit weights apart
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
-    :param rounding_travel: how far the offset of a weight before rounding can travel in
-        its first window, in steps of the weight grid; 0 learns no offsets. A departure
-        from the paper; 0.2 won in docs/experiments.md
+    :param rounding_travel: how far the offset of a weight before rounding travels in its
+        first window if all gradients are of their usual size and one sign, in steps of
+        the weight grid; 0 learns no offsets. A departure from the paper; 0.2 won in
+        docs/experiments.md
     :param channel_scales: learn channel scales where they fold exactly. ``auto`` does
         so in layers with quantised inputs: for weights alone they cost a fifth of the
         time and change nothing (docs/experiments.md)
@@ -176,8 +178,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         known hardware serves a config group as declared
     """
 
-    shallow_layers: Literal["auto"] | NonNegativeInt = 4
-    deep_layers: Literal["auto"] | NonNegativeInt = 4
+    shallow_layers: Literal["auto"] | NonNegativeInt | None = None
+    deep_layers: Literal["auto"] | NonNegativeInt | None = None
     window_size: int = Field(default=2, ge=1)
     window_stride: int = Field(default=1, ge=1)
     ratio: float = Field(default=1.0, gt=0, le=1)

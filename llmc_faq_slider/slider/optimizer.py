@@ -1,4 +1,4 @@
-"""Optimisers of a window: AdamW, sign descent for rounding offsets, linear decay.
+"""Optimisers of a window: AdamW, scaled descent for rounding offsets, linear decay.
 
 Also what an optimiser has to remember when a run stops between two of its steps.
 """
@@ -14,24 +14,30 @@ from llmc_faq_slider.slider.learning_state import LearningSettings
 from llmc_faq_slider.slider.student import StudentLayer
 
 __all__ = [
-    "SignDescent",
+    "ScaledDescent",
     "linear_decay",
     "optimizer_tensors",
     "restore_optimizer",
     "student_optimizers",
 ]
 
+#: share of a mean square that stays from one step to the next
+BETA = 0.9
+TINY = torch.finfo(torch.float32).tiny
 
-class SignDescent(torch.optim.Optimizer):
+
+class ScaledDescent(torch.optim.Optimizer):
     """
-    Moves every element by the learning rate against its gradient's sign, and keeps it
-    within ``[-limit, limit]``.
+    Moves every element against its gradient, divided by the root of that element's
+    running mean square, and keeps it within ``[-limit, limit]``.
 
-    An offset matters only when it crosses a rounding threshold, so steps of equal size
-    serve it better than steps in proportion to the gradient (AutoRound, arXiv
-    2309.05516, section 3), and there is no state to keep.
+    This is Adam without momentum (arXiv 1412.6980, section 2). Departure from AutoRound
+    (arXiv 2309.05516, section 3), which moves by the gradient's sign alone: here a batch
+    that says much about a weight moves it further than one that hardly touches it. That
+    takes one more tensor of the weight's shape and loses less (docs/experiments.md).
 
-    :param lr: in steps of the weight grid
+    :param lr: how far an element moves whose gradient has its usual size, in steps of
+        the weight grid
     """
 
     def __init__(
@@ -48,16 +54,29 @@ class SignDescent(torch.optim.Optimizer):
     ) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+                if (grad := parameter.grad) is not None:
+                    size = self._usual_size(parameter, grad)
+                    parameter.addcdiv_(grad, size, value=-group["lr"])
                     parameter.clamp_(-group["limit"], group["limit"])
+
+    def _usual_size(self, parameter: Tensor, grad: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["square"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        # With this weight the running mean is unbiased from the first step on.
+        weight = (1 - BETA) / (1 - BETA ** state["step"].item())
+        square: Tensor = state["square"]
+        square.mul_(1 - weight).addcmul_(grad, grad, value=weight)
+        return square.clamp(min=TINY).sqrt_()
 
 
 def student_optimizers(
     students: list[tuple[StudentLayer, float]], settings: LearningSettings, steps: int
 ) -> list[torch.optim.Optimizer]:
     """
-    AdamW without weight decay, and sign descent for rounding offsets.
+    AdamW without weight decay, and scaled descent for rounding offsets.
 
     :param students: each with its share of the learning rates
     """
@@ -76,7 +95,7 @@ def student_optimizers(
     # Rates that fall linearly to zero add up to half of the first one per step.
     offset_rate = 2 * settings.rounding_travel / max(1, steps)
     if offsets := groups("rounding", offset_rate):
-        optimizers.append(SignDescent(offsets, offset_rate))
+        optimizers.append(ScaledDescent(offsets, offset_rate))
     return optimizers
 
 

@@ -40,8 +40,8 @@ class _QuantizeWeight(torch.autograd.Function):
 
     Rounding passes the gradient unchanged, the clamp does so as far as values round to
     its ends, the scale gets the derivative of the rest, the zero point none. The
-    offset's gradient has only the sign of its factor ``scale``: sign descent sees no
-    difference.
+    offset's gradient has only the sign of its factor ``scale``: scaled descent divides
+    its size out.
     """
 
     @staticmethod

@@ -136,7 +136,7 @@ def test_the_machines_own_memory_error_is_known():
 def test_estimate():
     linears = [torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)]
     fixed, each = step_bytes([linears, linears[:1]], tokens=10, logits=100)
-    assert fixed == 2 * 64 * 128 * 4 * 7 + 100 * 4 * 5
+    assert fixed == 2 * 64 * 128 * 4 * 8 + 100 * 4 * 5
     assert each == 2 * (64 + 128) * 10 * 12
     assert rows_that_fit(8, fixed=100, each=100, free=None) == 8
     assert rows_that_fit(8, fixed=100, each=100, free=1000) == 8
