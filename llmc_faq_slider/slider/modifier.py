@@ -144,9 +144,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         bits): a rate that suits two bits would shake four-bit weights apart
     :param batch_size: calibration rows per optimiser step
     :param low_rank: rank of the weight update, 0 for none
-    :param rounding_travel: how far the offset of a weight before rounding travels in its
-        first window if all gradients are of their usual size and one sign, in steps of
-        the weight grid; 0 learns no offsets. A departure from the paper; 0.2 won in
+    :param rounding_travel: how far the offset of a weight before rounding travels in
+        its first window if all gradients are of their usual size and one sign, in steps
+        of the weight grid; 0 learns no offsets. A departure from the paper; 0.2 won in
         docs/experiments.md
     :param channel_scales: learn channel scales where they fold exactly. ``auto`` does
         so in layers with quantised inputs: for weights alone they cost a fifth of the

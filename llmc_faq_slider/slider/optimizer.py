@@ -32,9 +32,10 @@ class ScaledDescent(torch.optim.Optimizer):
     running mean square, and keeps it within ``[-limit, limit]``.
 
     This is Adam without momentum (arXiv 1412.6980, section 2). Departure from AutoRound
-    (arXiv 2309.05516, section 3), which moves by the gradient's sign alone: here a batch
-    that says much about a weight moves it further than one that hardly touches it. That
-    takes one more tensor of the weight's shape and loses less (docs/experiments.md).
+    (arXiv 2309.05516, section 3), which moves by the gradient's sign alone: here a
+    batch that says much about a weight moves it further than one that hardly touches
+    it. That takes one more tensor of the weight's shape and loses less
+    (docs/experiments.md).
 
     :param lr: how far an element moves whose gradient has its usual size, in steps of
         the weight grid
