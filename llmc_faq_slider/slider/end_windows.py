@@ -13,7 +13,7 @@ from llmc_faq_slider.slider.student import LinearGrids
 
 __all__ = ["end_windows"]
 
-# Appendix Table A, for models of 32 layers and more.
+# L_s and L_d that the paper takes for all its models, which are deep ones.
 PAPERS_ENDS = 4
 
 
