@@ -102,7 +102,8 @@ def main(
     folder = small_or_real(model)
     names = variants.split(",")
     size = group_size_for(folder)
-    full = Arm(folder, "W16A16", "full_precision", 0, rows, length, evaluation_rows)
+    measured = evaluation_rows, max(1, evaluation_rows // 4)
+    full = Arm(folder, "W16A16", "full_precision", 0, rows, length, *measured)
     runs = [*product(schemes.split(","), names, range(seeds))]
     arms = [
         Arm(
@@ -112,7 +113,7 @@ def main(
             seed,
             ROWS.get(name, rows),
             length,
-            evaluation_rows,
+            *measured,
             VARIANTS.get(name, {}),
         )
         for scheme, name, seed in runs

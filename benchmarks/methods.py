@@ -68,6 +68,7 @@ class Arm:
     rows: int
     length: int
     evaluation_rows: int
+    divergence_rows: int
     settings: dict[str, Any] = field(default_factory=dict)
 
 

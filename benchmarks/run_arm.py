@@ -54,13 +54,13 @@ def run(arm: Arm, group_size: int, tasks: list[str]) -> dict[str, Any]:
 
 
 def quality(model: PreTrainedModel, arm: Arm) -> dict[str, dict[str, float]]:
-    """Loss per token, divergence from full precision on a quarter of it, by text."""
+    """Loss per token, and divergence from full precision on the first rows, by text."""
     tokenizer = AutoTokenizer.from_pretrained(arm.model)
     reference = load(arm.model).to(model.dtype)
     found = {}
     for name in FILES:
         rows = evaluation_rows(tokenizer, name, arm.evaluation_rows, EVALUATION_LENGTH)
-        compared, rest = rows.tensor_split([max(1, len(rows) // 4)])
+        compared, rest = rows.tensor_split([arm.divergence_rows])
         loss, kl = loss_and_divergence(reference, model, compared)
         if len(rest):
             share = len(compared) / len(rows)

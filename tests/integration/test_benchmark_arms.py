@@ -35,7 +35,7 @@ def runs(monkeypatch):
 
 def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
     arms = [
-        Arm(SMALL, scheme, method, 0, 2, 8, 2)
+        Arm(SMALL, scheme, method, 0, 2, 8, 2, 1)
         for scheme, method in (("W16A16", "full_precision"), ("W4A16", "nearest"))
     ]
     first = runner.run_arms(arms, tmp_path, 1, 64, [])
@@ -58,7 +58,7 @@ def test_what_was_measured_is_kept(runs, tmp_path, monkeypatch):
 
 def test_an_arm_that_fails_in_its_process_says_why(tmp_path):
     missing = str(tmp_path / "missing")
-    arm = Arm(missing, "W4A16", "nearest", 0, 2, 8, 2)
+    arm = Arm(missing, "W4A16", "nearest", 0, 2, 8, 2, 1)
     with pytest.raises(RuntimeError, match=f"see {tmp_path}.*(?s:.*){missing}"):
         runner.run_arms([arm], tmp_path, 1, 64, [])
 
@@ -94,7 +94,7 @@ def test_every_method_of_a_scheme_has_a_recipe(scheme):
     extra = {"W2A16": ["slider_ends_w4"], "W4A4": ["spinquant_slider"]}
     for method in quality.methods_for(scheme) + extra.get(scheme, []):
         assert method in methods.METHODS
-        *_, last = methods.stages(Arm(SMALL, scheme, method, 0, 2, 8, 2), 64)
+        *_, last = methods.stages(Arm(SMALL, scheme, method, 0, 2, 8, 2, 1), 64)
         bits = {group.weights.num_bits for group in last.config_groups.values()}
         assert bits == ({2, 4} if method == "slider_ends_w4" else {int(scheme[1])})
 
@@ -114,7 +114,7 @@ def test_the_layers_at_the_ends_get_four_bits():
 
 def test_weights_that_serve_two_schemes_are_measured_once():
     arms = [
-        Arm(SMALL, scheme, method, 0, 2, 8, 2)
+        Arm(SMALL, scheme, method, 0, 2, 8, 2, 1)
         for scheme in ("W4A16", "W4A8", "W4A4")
         for method in ("gptq", "slider")
     ]
@@ -127,7 +127,7 @@ def test_weights_that_serve_two_schemes_are_measured_once():
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_measured_on_the_way_is_what_an_arm_of_its_own_measures(runs, tmp_path, method):
-    arms = [Arm(SMALL, s, method, 0, 2, 8, 2) for s in ("W4A16", "W4A8")]
+    arms = [Arm(SMALL, s, method, 0, 2, 8, 2, 1) for s in ("W4A16", "W4A8")]
     alone, both = runner.run_arms(arms, tmp_path, 1, 64, [])
     assert quality.twin(both)["quality"] == alone["quality"]
     assert quality.twin(alone) is None
