@@ -49,6 +49,7 @@ PAPER: dict[str, Any] = {
     "ratio": 0.5,
     "rounding_travel": 0,
     "channel_scales": True,
+    "quantized_inputs": True,
     "smoothing_strength": 0.0,
     "low_rank_lr": 1e-4,
     "clipping_lr": 1e-2,
@@ -77,7 +78,7 @@ def measures_weights_alone(scheme: str, method: str) -> bool:
     Whether the arm is also measured with unquantised inputs, as W4A16 beside W4A8:
     these methods leave inputs out when they choose weights, so both have the same.
     """
-    return scheme.endswith("A8") and method in ("nearest", "gptq", "autoround")
+    return scheme.endswith("A8") and method not in ("smoothquant_gptq", "slider_paper")
 
 
 def config_groups(scheme: str, group_size: int) -> dict[str, Any]:

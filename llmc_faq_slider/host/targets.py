@@ -1,6 +1,7 @@
 """What of a model a SliderQuant stage quantises."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from torch import nn
@@ -31,6 +32,26 @@ class TargetedLayers:
     def of(self, window: Window) -> list[tuple[nn.Module, dict[str, LinearGrids]]]:
         """Layers of a window, each with the formats of its linears."""
         return [(self.modules[i], self.grids.get(i, {})) for i in window.layers]
+
+    def for_learning(self, quantized_inputs: bool | Literal["auto"]) -> Self:
+        """
+        The same layers; inputs that windows are not to learn on have no format.
+
+        :param quantized_inputs: ``auto`` keeps those of fewer than 8 bits
+        """
+
+        def learned(grids: LinearGrids) -> LinearGrids:
+            few_bits = grids.input is not None and grids.input.num_bits < 8
+            keeps = few_bits if quantized_inputs == "auto" else quantized_inputs
+            return grids if keeps else replace(grids, input=None)
+
+        return replace(
+            self,
+            grids={
+                index: {name: learned(grids) for name, grids in linears.items()}
+                for index, linears in self.grids.items()
+            },
+        )
 
 
 def targeted_layers(

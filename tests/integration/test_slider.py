@@ -128,6 +128,32 @@ def test_same_inputs_give_the_same_bytes(small_model, tmp_path):
     assert first == (tmp_path / "second" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "quantized_inputs", "decide"),
+    [
+        (INT8, "auto", False),
+        (INT8, True, True),
+        (INT4, "auto", True),
+        (INT4, False, False),
+    ],
+)
+def test_inputs_decide_weights_where_they_are_learned_on(
+    inputs, quantized_inputs, decide, small_model
+):
+    def learned(inputs, **settings):
+        model = load(small_model)
+        stage = SliderQuantModifier(
+            ignore=["lm_head"],
+            config_groups=config_group(4, True, 64, inputs),
+            **settings,
+        )
+        quantize(model, stage, dataset=calibration_set(small_model, 8))
+        return model.model.layers[-1].mlp.down_proj.weight
+
+    weights = learned(inputs, quantized_inputs=quantized_inputs)
+    assert torch.equal(weights, learned(None)) is not decide
+
+
 def test_sweep_order_commits_every_layer(small_model):
     rows = held_out_rows(small_model, half=1)[:16]
     model = load(small_model)
