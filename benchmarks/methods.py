@@ -39,6 +39,17 @@ METHODS = {
     "spinquant_slider": "SpinQuant + SliderQuant",
 }
 
+# They leave inputs of 8 bits out when they choose weights: W4A8 has those of W4A16.
+WITHOUT_8_BIT_INPUTS = (
+    "nearest",
+    "gptq",
+    "autoround",
+    "slider_fixed",
+    "slider_fast",
+    "slider",
+    "slider_best",
+)
+
 # Appendix Table A, but for the epochs: one for each of the two stages. The released
 # code adds the clipping.
 PAPER: dict[str, Any] = {
@@ -75,10 +86,9 @@ class Arm:
 
 def measures_weights_alone(scheme: str, method: str) -> bool:
     """
-    Whether the arm is also measured with unquantised inputs, as W4A16 beside W4A8:
-    these methods leave inputs out when they choose weights, so both have the same.
+    Whether the arm is also measured with unquantised inputs, as W4A16 beside W4A8.
     """
-    return scheme.endswith("A8") and method not in ("smoothquant_gptq", "slider_paper")
+    return scheme.endswith("A8") and method in WITHOUT_8_BIT_INPUTS
 
 
 def config_groups(scheme: str, group_size: int) -> dict[str, Any]:

@@ -116,16 +116,16 @@ def test_weights_that_serve_two_schemes_are_measured_once():
     arms = [
         Arm(SMALL, scheme, method, 0, 2, 8, 2, 1)
         for scheme in ("W4A16", "W4A8", "W4A4")
-        for method in ("gptq", "slider")
+        for method in ("gptq", "smoothquant_gptq", "slider")
     ]
     left = [(arm.scheme, arm.method) for arm in quality.without_twins(arms)]
     assert left == [
-        ("W4A16", "slider"),
-        *product(("W4A8", "W4A4"), ("gptq", "slider")),
+        ("W4A16", "smoothquant_gptq"),
+        *product(("W4A8", "W4A4"), ("gptq", "smoothquant_gptq", "slider")),
     ]
 
 
-@pytest.mark.parametrize("method", ["nearest", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "gptq", "slider"])
 def test_measured_on_the_way_is_what_an_arm_of_its_own_measures(runs, tmp_path, method):
     arms = [Arm(SMALL, s, method, 0, 2, 8, 2, 1) for s in ("W4A16", "W4A8")]
     alone, both = runner.run_arms(arms, tmp_path, 1, 64, [])
