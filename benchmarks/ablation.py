@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.markdown import markdown_table
 from benchmarks.methods import Arm
-from benchmarks.quality import loss, small_or_real
+from benchmarks.quality import divergence_rows, loss, small_or_real
 from benchmarks.runner import Result, group_size_for, run_arms
 from benchmarks.texts import CACHE, FILES, IN_DOMAIN
 
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank_16": {"low_rank": 16},
     "low_rank_lr_3e-3": {"low_rank_lr": 3e-3},
     "clipping_lr_3e-2": {"clipping_lr": 3e-2},
+    "unquantized_inputs": {"quantized_inputs": False},
     "channel_scales": {"channel_scales": True},
     "no_channel_scales": {"channel_scales": False},
     "smoothing_0": {"smoothing_strength": 0.0},
@@ -102,7 +103,7 @@ def main(
     folder = small_or_real(model)
     names = variants.split(",")
     size = group_size_for(folder)
-    measured = evaluation_rows, max(1, evaluation_rows // 4)
+    measured = evaluation_rows, divergence_rows(model, evaluation_rows)
     full = Arm(folder, "W16A16", "full_precision", 0, rows, length, *measured)
     runs = [*product(schemes.split(","), names, range(seeds))]
     arms = [

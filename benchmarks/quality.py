@@ -73,6 +73,14 @@ def small_or_real(model: str) -> str:
     return model
 
 
+def divergence_rows(model: str, evaluation_rows: int) -> int:
+    """
+    Rows that full precision reads as well: all of the tests' models, which are quick
+    and judged by divergence, a quarter of others.
+    """
+    return evaluation_rows if model in FAMILY else max(1, evaluation_rows // 4)
+
+
 def without_twins(arms: list[Arm]) -> list[Arm]:
     """Arms less those that another one measures on the way."""
     twins = {
@@ -201,9 +209,7 @@ def main(
 ) -> None:
     """Runs all arms, prints the table and checks the bounds."""
     folder = small_or_real(model)
-    # Two passes of a real model cost more than they steady; of the tests' models both
-    # are quick, and the divergence decides.
-    compared = evaluation_rows if model in FAMILY else max(1, evaluation_rows // 4)
+    compared = divergence_rows(model, evaluation_rows)
     if quick:
         schemes, seeds, length = "W4A16,W3A16", 1, 32
         methods = methods or "gptq,autoround,slider"
