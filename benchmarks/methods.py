@@ -85,9 +85,7 @@ class Arm:
 
 
 def measures_weights_alone(scheme: str, method: str) -> bool:
-    """
-    Whether the arm is also measured with unquantised inputs, as W4A16 beside W4A8.
-    """
+    """Whether the arm is also measured with unquantised inputs: W4A8 as W4A16."""
     return scheme.endswith("A8") and method in WITHOUT_8_BIT_INPUTS
 
 

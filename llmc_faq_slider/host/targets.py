@@ -41,8 +41,8 @@ class TargetedLayers:
         """
 
         def learned(grids: LinearGrids) -> LinearGrids:
-            few_bits = grids.input is not None and grids.input.num_bits < 8
-            keeps = few_bits if quantized_inputs == "auto" else quantized_inputs
+            auto = quantized_inputs == "auto"
+            keeps = grids.few_bit_input if auto else quantized_inputs
             return grids if keeps else replace(grids, input=None)
 
         return replace(

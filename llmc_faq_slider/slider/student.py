@@ -48,6 +48,11 @@ class LinearGrids:
     weight: WeightGrid
     input: ActivationGrid | None
 
+    @property
+    def few_bit_input(self) -> bool:
+        """Whether the input is quantised to fewer than 8 bits."""
+        return self.input is not None and self.input.num_bits < 8
+
 
 @dataclass
 class FoldedLinear:
@@ -188,8 +193,7 @@ class StudentLayer:
         importance = consumers[0].importance
         weights = [consumer.weight for consumer in consumers]
         if strength == "auto":
-            grid = consumers[0].grids.input
-            few_bits = grid is not None and grid.num_bits < 8
+            few_bits = consumers[0].grids.few_bit_input
             strength = FEW_BITS_STRENGTH if few_bits else 0.0
         if place.source_is_norm:
             norm = self.layer.get_submodule(place.source)
