@@ -82,11 +82,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"FAQModifier needs the model's tokenizer and finds none at {name!r} "
             f"({error}). Load the model from a folder or hub id that has one."
         ) from error
+    warn_without_template(tokenizer, name)
+    return tokenizer
+
+
+def warn_without_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say that without a chat template there are no chats."""
     if template_text(tokenizer) is None:
         logger.warning(
             f"FAQ: {name} has no chat template; seeds are continued as plain text"
         )
-    return tokenizer
 
 
 def stored_target(name: str) -> Target:

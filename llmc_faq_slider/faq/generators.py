@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.identity import (
     FamilyError,
     check_larger,
@@ -37,7 +38,7 @@ from llmc_faq_slider.faq.rendering import (
     end_of_turn_id,
     has_thinking_switch,
 )
-from llmc_faq_slider.faq.sampling import Draw, context_length, sample_batch
+from llmc_faq_slider.faq.sampling import Draw, sample_batch
 from llmc_faq_slider.faq.settings import Sampling
 
 

@@ -2,14 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from os import PathLike
 from typing import Any
 
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmc_faq_slider.faq.assembly import Target, load_tokenizer, produce
+from llmc_faq_slider.faq.assembly import (
+    Target,
+    load_tokenizer,
+    produce,
+    warn_without_template,
+)
 from llmc_faq_slider.faq.identity import weights_fingerprint
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.host.calibration_data import (
@@ -20,7 +27,10 @@ from llmc_faq_slider.host.calibration_data import (
 )
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 
-__all__ = ["FAQModifier"]
+__all__ = ["FAQModifier", "tokenizer_given"]
+
+#: tokenizer, processor or name of one that ``oneshot`` was given, while it runs
+_GIVEN: ContextVar[Any] = ContextVar("given_tokenizer", default=None)
 
 #: entries of the data set's manifest that a run report repeats
 _REPORTED = ("tokens", "answer_tokens", "counts", "gates")
@@ -114,6 +124,30 @@ class FAQModifier(FAQOptions, Modifier):
         return True
 
 
+@contextmanager
+def tokenizer_given(given: Any) -> Iterator[None]:
+    """
+    Context in which the stage writes its data with this tokenizer.
+
+    :param given: a tokenizer, a processor that has one, the folder or hub id of one,
+        or None for that of the model's own folder
+    """
+    token = _GIVEN.set(given)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    given = _GIVEN.get()
+    if given is None or isinstance(given, str | PathLike):
+        return load_tokenizer(str(given or name))
+    tokenizer = getattr(given, "tokenizer", given)
+    warn_without_template(tokenizer, name)
+    return tokenizer
+
+
 def _target(model: PreTrainedModel) -> Target:
     name = model.config.name_or_path
 
@@ -128,7 +162,7 @@ def _target(model: PreTrainedModel) -> Target:
     return Target(
         name=name,
         config=model.config,
-        tokenizer=load_tokenizer(name),
+        tokenizer=_tokenizer(name),
         defaults=model.generation_config or GenerationConfig(),
         size=lambda: count_weights(model),
         fingerprint=lambda: weights_fingerprint(plain_weights(model)),

@@ -17,9 +17,9 @@ from pydantic import (
 )
 from transformers import PretrainedConfig
 
+from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.endpoint import KEY_VARIABLE, Address, is_url
 from llmc_faq_slider.faq.generators import GeneratorSource, resolve_sampling
-from llmc_faq_slider.faq.sampling import context_length
 from llmc_faq_slider.faq.serving import Api
 from llmc_faq_slider.faq.settings import (
     ACCELERATOR_SIZES,

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from jinja2 import TemplateError
+from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from llmc_faq_slider.faq.rendering import control_ids, template_text
@@ -45,17 +46,25 @@ def without(text: str, marks: Collection[str]) -> str:
 def plain_seeds(seeds: Iterable[Seed], marks: Collection[str]) -> list[Seed]:
     """Seeds without marks, and with system messages put in front of the next user's.
 
-    Those in which nothing is left to ask are dropped.
+    Those in which nothing is left to ask are dropped, and a warning counts them.
     """
     plain: dict[str, Seed] = {}
+    empty = 0
     for seed in seeds:
         kept = replace(
             seed,
             text=_cleaned(seed.text, marks),
             messages=_without_system(seed.messages, marks),
         )
-        if kept.text or any(r == "user" and said for r, said in kept.messages):
+        if kept.has_text:
             plain.setdefault(kept.id, kept)
+        else:
+            empty += 1
+    if empty:
+        logger.warning(
+            f"FAQ: {empty} seeds hold nothing but control strings of a chat template "
+            "and are left out."
+        )
     return list(plain.values())
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.settings import Sampling
 
 
@@ -150,12 +151,6 @@ def left_pad(
         ids[index, width - len(row) :] = torch.tensor(row)
         mask[index, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
-
-
-def context_length(model_config: object) -> int | None:
-    """Positions a model can attend to, None when its config does not say."""
-    length = getattr(model_config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def _room(model: PreTrainedModel, prompt: Sequence[int], wanted: int) -> int:

@@ -1,47 +1,24 @@
 """Seeds: what the generator is asked about, from a file, a hub or token rows."""
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
 from datasets import Dataset, load_dataset
+from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+from llmc_faq_slider.faq.seed_records import Seed, UnreadableRecord, parse_record
+
 SHIPPED = Path(__file__).with_name("seed_prompts.jsonl")
-
-_MESSAGES_COLUMNS = ("messages", "conversations")
-_PROMPT_COLUMNS = ("prompt", "question", "instruction")
-_ANSWER_COLUMNS = ("completion", "response", "answer", "output")
-_SOURCE_COLUMNS = ("source", "topic", "domain")
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Seed:
-    """One seed.
-
-    :param kind: ``prompt`` is a request, ``text`` a passage, ``messages`` a chat
-    :param text: the request or the passage; empty for ``messages``
-    :param messages: the chat as ``(role, content)`` pairs; empty for the others
-    :param source: which part of a mixture it comes from; no part of its identity
-    """
-
-    kind: Literal["prompt", "text", "messages"]
-    text: str = ""
-    messages: tuple[tuple[str, str], ...] = ()
-    source: str = field(default="", compare=False)
-
-    @property
-    def id(self) -> str:
-        """16 hex digits of the content's hash, so order and source do not matter."""
-        content = json.dumps([self.kind, self.text, self.messages], ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def shipped_seeds() -> list[Seed]:
@@ -52,17 +29,21 @@ def shipped_seeds() -> list[Seed]:
 def load_seeds(source: str, split: str | None = None) -> list[Seed]:
     """Read seeds from a local file or from a data set hub.
 
-    Columns, first match wins: ``messages``/``conversations`` (a chat),
+    Columns, first match wins: ``messages``/``conversations`` and other words for a
+    chat, whose turns name their speakers as ``role`` or ``from``;
     ``prompt``/``question``/``instruction`` (+ ``input``; a request, or a chat of two
     turns with ``completion``/``response``/``answer``/``output``; a list of messages is
     a chat), ``text`` (a passage). ``source``/``topic``/``domain`` names the part of a
     mixture. In a ``.txt`` file passages are separated by blank lines. Lone surrogates,
     which no encoder takes, are replaced.
 
+    A record that is none of these, or holds no text, is left out: a warning counts
+    them and names the first by file and number.
+
     :param source: path of a json, jsonl, txt or parquet file, or a hub name
     :param split: split of a hub data set, "train" when None
     :return: seeds without repeats, in source order
-    :raises ValueError: for an unknown file type, missing columns or an empty source
+    :raises ValueError: for an unknown file type, or when no record is a seed
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -74,8 +55,25 @@ def load_seeds(source: str, split: str | None = None) -> list[Seed]:
         )
     else:
         records = _from_hub(source, split or "train")
-    seeds = [_parse(record, source) for record in records]
-    return _unique(seeds, source)
+    seeds: dict[str, Seed] = {}
+    left_out = []
+    for number, record in enumerate(records, start=1):
+        try:
+            seed = parse_record(record)
+            if not seed.has_text:
+                raise UnreadableRecord("it holds no text of a user")
+            seeds.setdefault(seed.id, seed)
+        except UnreadableRecord as error:
+            left_out.append(f"record {number}: {error}")
+    if not seeds:
+        reason = f"; {left_out[0]}" if left_out else ""
+        raise ValueError(f"seeds: {source!r} holds no text to regenerate from{reason}")
+    if left_out:
+        logger.warning(
+            f"seeds: {len(left_out)} of {number} records of {source!r} are left out, "
+            f"the first is {left_out[0]}"
+        )
+    return list(seeds.values())
 
 
 def load_mixture(sources: Sequence[str], split: str | None = None) -> list[Seed]:
@@ -112,7 +110,12 @@ def seeds_from_rows(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[Seed]
         token_rows = [ids for batch in rows for ids in _unpadded(batch)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in token_rows]
     seeds = [Seed("text", text=str(text).strip()) for text in texts]
-    return _unique(seeds, "the data set given to oneshot")
+    unique = list({seed.id: seed for seed in seeds if seed.has_text}.values())
+    if not unique:
+        raise ValueError(
+            "seeds: the data set given to oneshot holds no text to regenerate from"
+        )
+    return unique
 
 
 def seeds_hash(seeds: Iterable[Seed]) -> str:
@@ -142,19 +145,14 @@ def _from_hub(name: str, split: str) -> Iterable[Any]:
         ) from error
 
 
-def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+def _read_file(path: Path) -> Iterable[Any]:
     if path.suffix == ".jsonl":
-        lines = enumerate(_text(path).split("\n"), start=1)
-        return [_json(line, f"line {n} of {path}") for n, line in lines if line.strip()]
+        return list(_json_lines(_text(path), path))
     if path.suffix == ".json":
-        content = _json(_text(path), str(path))
-        if not isinstance(content, list):
-            raise ValueError(
-                f"seeds: {path} holds a {type(content).__name__}, not a list of records"
-            )
-        return content
+        return _json_records(_text(path), path)
     if path.suffix == ".txt":
-        return [{"text": passage} for passage in _text(path).split("\n\n")]
+        passages = re.split(r"\n[^\S\n]*\n", _text(path))
+        return [passage for passage in passages if passage.strip()]
     if path.suffix == ".parquet":
         return _parquet(path)
     raise ValueError(
@@ -163,10 +161,47 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _text(path: Path) -> str:
+    """Text of a file in UTF-8, or in UTF-16 if a byte order mark says so."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return path.read_text(encoding="utf-8")
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"seeds: {path} is not UTF-8 text: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _json_records(text: str, path: Path) -> list[Any]:
+    """Records of a list, of an object of columns, or of one object a line."""
+    try:
+        content = _json(text, str(path))
+    except ValueError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) < 2 or not lines[0].strip().endswith("}"):
+            raise
+        return list(_json_lines(text, path))
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"seeds: {path} holds a {type(content).__name__}, not a list of records"
+        )
+    columns = list(content.values())
+    if all(isinstance(column, list) for column in columns):
+        if len(columns) == 1 and all(isinstance(row, Mapping) for row in columns[0]):
+            return columns[0]
+        if len({len(column) for column in columns}) == 1:
+            return [
+                dict(zip(content, row, strict=True))
+                for row in zip(*columns, strict=True)
+            ]
+    return [content]
+
+
+def _json_lines(text: str, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _json(line, f"line {number} of {path}")
 
 
 def _json(text: str, place: str) -> Any:
@@ -182,75 +217,3 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"seeds: {path} is no parquet file: {reason}") from error
-
-
-def _parse(record: Any, source: str) -> Seed:
-    if isinstance(record, str):
-        return Seed("text", text=_clean(record))
-    if not isinstance(record, Mapping):
-        raise ValueError(f"seeds: {source!r} holds a record that is no object")
-    part = next((str(record[c]) for c in _SOURCE_COLUMNS if record.get(c)), "")
-    part = _clean(part)
-    for column in _MESSAGES_COLUMNS:
-        if record.get(column):
-            chat = _chat(record[column], source)
-            return Seed("messages", messages=chat, source=part)
-    for column in _PROMPT_COLUMNS:
-        asked = record.get(column)
-        if asked and not isinstance(asked, str):
-            return Seed("messages", messages=_chat(asked, source), source=part)
-        if asked:
-            parts = (asked, str(record.get("input") or ""))
-            text = "\n\n".join(_clean(p) for p in parts if p).strip()
-            answers = (record.get(c) for c in _ANSWER_COLUMNS)
-            answer = next((a for a in answers if isinstance(a, str) and a), None)
-            if answer is None:
-                return Seed("prompt", text=text, source=part)
-            chat = (("user", text), ("assistant", _clean(answer)))
-            return Seed("messages", messages=chat, source=part)
-    if "text" in record:
-        passage = "" if record["text"] is None else str(record["text"])
-        return Seed("text", text=_clean(passage), source=part)
-    raise ValueError(
-        f"seeds: {source!r} has the columns {sorted(record)}; expected one of "
-        f"{', '.join((*_MESSAGES_COLUMNS, *_PROMPT_COLUMNS, 'text'))}"
-    )
-
-
-def _chat(turns: Any, source: str) -> tuple[tuple[str, str], ...]:
-    chat = []
-    for turn in turns if isinstance(turns, Sequence) else [turns]:
-        if not isinstance(turn, Mapping):
-            raise ValueError(
-                f"seeds: {source!r} holds a chat whose turn is a "
-                f"{type(turn).__name__}, not an object with role and content"
-            )
-        role = str(turn.get("role") or turn.get("from"))
-        content = turn.get("content") or turn.get("value") or ""
-        chat.append((_ROLES.get(role, _clean(role)), _clean(_plain(content))))
-    return tuple(chat)
-
-
-def _plain(content: Any) -> str:
-    """Text of a turn; of content in parts, that of its text parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        parts = [p.get("text") or "" for p in content if isinstance(p, Mapping)]
-        return "\n".join(str(part) for part in parts if part)
-    return str(content)
-
-
-def _clean(text: str) -> str:
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return whole.strip()
-
-
-def _unique(seeds: Iterable[Seed], source: str) -> list[Seed]:
-    filled = [
-        s for s in seeds if s.text or any(r == "user" and c for r, c in s.messages)
-    ]
-    unique = list({seed.id: seed for seed in filled}.values())
-    if not unique:
-        raise ValueError(f"seeds: {source!r} holds no text to regenerate from")
-    return unique

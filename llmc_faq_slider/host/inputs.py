@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.transformers.data import TextGenerationDataset
 from torch import nn
+from torch.utils.data import DataLoader
 
 from llmc_faq_slider.faq.modifier import FAQModifier
 from llmc_faq_slider.files import check_room
@@ -33,6 +34,12 @@ def wrong_inputs(given: Arguments, modifiers: Sequence[Modifier]) -> Iterator[st
     yield from _model(given.get("model"), modifiers)
     yield from _data(given, modifiers)
     yield from _pipeline(given.get("pipeline"), modifiers)
+    if given.get("recipe_args"):
+        yield (
+            "oneshot's recipe_args change nothing: llm-compressor has no variables in "
+            "recipes any more. Write the values into the recipe, or give oneshot the "
+            "modifiers themselves."
+        )
 
 
 def check_output(given: Arguments, modifiers: Sequence[Modifier]) -> None:
@@ -109,10 +116,16 @@ def _data(given: Arguments, modifiers: Sequence[Modifier]) -> Iterator[str]:
             )
     elif isinstance(dataset, Dataset):
         yield from _rows(dataset, given)
-    elif isinstance(dataset, list | tuple):
+    elif isinstance(dataset, IterableDataset):
         yield (
-            f"The data set is a {type(dataset).__name__}. Give oneshot a "
-            'datasets.Dataset, such as Dataset.from_dict({"text": [...]}).'
+            "The data set is streamed, and oneshot needs to know its length. Take some "
+            "rows of it: Dataset.from_list(list(dataset.take(512)))."
+        )
+    elif dataset is not None and not isinstance(dataset, str | DataLoader):
+        yield (
+            f"The data set is of type {type(dataset).__name__}. Give oneshot a "
+            'datasets.Dataset, such as Dataset.from_dict({"text": [...]}), or the '
+            "path of a file."
         )
 
 
@@ -136,7 +149,8 @@ def _rows(dataset: Dataset, given: Arguments) -> Iterator[str]:
     elif text not in columns and "preprocessing_func" not in given.get("kwargs", {}):
         yield (
             f"The data set has the columns {', '.join(columns)}, and neither input_ids "
-            f"nor {text}. Name its text column in oneshot's text_column."
+            f"nor {text}. Name its text column in oneshot's text_column. Prompts and "
+            "chats are what the field seeds of FAQModifier takes."
         )
 
 

@@ -1,5 +1,6 @@
 """What of a recipe does not fit a model: names, sizes, fused linears, chat template."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from llmcompressor.modifiers import Modifier
@@ -53,6 +54,7 @@ def check_model(
     for declared, linears in members:
         yield from indivisible(declared, linears)
     yield from _torn_apart(members, model)
+    yield from _never_quantized(members)
     if any(isinstance(modifier, FAQModifier) for modifier in modifiers):
         yield from _chat_template(name, model.config.get_text_config().vocab_size)
 
@@ -89,6 +91,27 @@ def _torn_apart(
         )
 
 
+def _never_quantized(members: list[tuple[DeclaredGroup, Members]]) -> Iterator[Finding]:
+    """Linears that vLLM builds without a scheme, and so cannot load quantised."""
+    for declared, linears in members:
+        for row in load_table()["unquantized"]:
+            names = [name for name in linears if re.search(row["name"], name)]
+            if not names:
+                continue
+            yield Finding(
+                "error",
+                "unquantized",
+                declared.label,
+                f"{declared.label} quantises {len(names)} {row['what']}, the first is "
+                f"{names[0]}. vLLM builds them unquantised and cannot load the "
+                f"checkpoint. Add 're:.*{row['name']}' to ignore.",
+            )
+
+
+def _scheme_free(name: str) -> bool:
+    return any(re.search(row["name"], name) for row in load_table()["unquantized"])
+
+
 def _chat_template(name: str, vocabulary: int) -> Iterator[Finding]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -119,7 +142,11 @@ def model_servings(
     """Every config group on every target, split by what becomes of its layers."""
     for declared, linears in group_members(modifiers, model):
         experts = {n: m for n, m in linears.items() if ".experts." in n}
-        plain = {n: m for n, m in linears.items() if n not in experts}
+        plain = {
+            name: linear
+            for name, linear in linears.items()
+            if name not in experts and not _scheme_free(name)
+        }
         for target in targets:
             outcomes: dict[tuple[Serving, bool], list[Layer]] = {}
             for layer in _fused_layers(plain):

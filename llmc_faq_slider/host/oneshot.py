@@ -11,8 +11,9 @@ import llmcompressor
 from llmcompressor.core import reset_session
 from loguru import logger
 
-from llmc_faq_slider.faq.export import is_export, load_export
+from llmc_faq_slider.faq.modifier import tokenizer_given
 from llmc_faq_slider.files import exclusive, room_error
+from llmc_faq_slider.host.datasets import keep_short_rows, resolve_dataset
 from llmc_faq_slider.host.findings import errors
 from llmc_faq_slider.host.inputs import OUTPUT_REMEDY, check_output, wrong_inputs
 from llmc_faq_slider.host.recipe_lint import lint_recipe
@@ -31,8 +32,9 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
     Same arguments and result. A recipe that llm-compressor would ignore in part or as a
     whole, that cannot be read, or whose stages contradict each other is refused; so are
     data, models and output folders that cannot work, and an output folder that another
-    run is about to write. ``dataset`` may also be a folder that ``llmc-faq-slider
-    regenerate`` wrote. Beside the checkpoint in ``output_dir`` lies the run's report,
+    run is about to write. ``dataset`` may also be a local file or folder, and a folder
+    that ``llmc-faq-slider regenerate`` wrote; ``splits`` cuts what is already loaded,
+    too. Beside the checkpoint in ``output_dir`` lies the run's report,
     ``llmc_faq_slider.json``.
 
     :raises ValueError: with one sentence or two per finding, or when the folder's rows
@@ -40,11 +42,11 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
     :raises FolderError: when ``output_dir`` cannot be written, or is full in the end
     :raises FolderBusyError: when another process writes to ``output_dir``
     """
-    dataset = kwargs.get("dataset")
-    if isinstance(dataset, (str, Path)) and is_export(dataset):
-        kwargs["dataset"] = load_export(dataset)
     bound = _SIGNATURE.bind_partial(*args, **kwargs)
     given = bound.arguments
+    if isinstance(given.get("recipe"), Path):
+        given["recipe"] = str(given["recipe"])
+    resolve_dataset(given)
     output = given.get("output_dir")
     first = int(os.environ.get("RANK", 0)) == 0
     with ExitStack() as stack:
@@ -57,6 +59,7 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
             messages += wrong_inputs(given, modifiers)
             if messages:
                 raise ValueError("\n".join(messages))
+            keep_short_rows(given, modifiers)
             if output is not None:
                 check_output(given, modifiers)
                 # the other processes of one run write to the same folder
@@ -65,7 +68,9 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
         try:
             # The report is read from the session, so that is cleared after it.
             clear = given.pop("clear_sparse_session", False)
-            model = llmcompressor.oneshot(*bound.args, **bound.kwargs)
+            tokenizer = given.get("tokenizer") or given.get("processor")
+            with tokenizer_given(tokenizer):
+                model = llmcompressor.oneshot(*bound.args, **bound.kwargs)
             if output is not None and first:
                 write_run_report(Path(output, given.get("stage") or ""))
             if clear:

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.seeds import shipped_seeds
 from llmc_faq_slider.host.decoder import decoder_layers
 from llmc_faq_slider.report.loading import (
@@ -122,7 +123,7 @@ def sensitivity_record(
     where = pick_device(device)
     config = full_precision_config(model)
     rows = text_rows(load_tokenizer(model), sample)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(config)
     if longest is not None and sample.tokens > longest:
         raise ValueError(
             f"Rows of {sample.tokens} tokens are longer than the {longest} that "

@@ -39,10 +39,12 @@ class RowLimit:
     Rows per forward pass. Larger batches are cut into pieces whose gradients add up.
 
     :param rows: at most, at first
+    :param advice: what to change when one row is too much
     """
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, advice: str = "Take a larger device."):
         self.rows = rows
+        self.advice = advice
         self.reproducible = True
 
     def pieces(self, batch: list[int]) -> Iterator[list[int]]:
@@ -77,8 +79,7 @@ class RowLimit:
             if self.rows == 1:
                 raise MemoryError(
                     f"One calibration row at a time does not fit in memory ({reason}). "
-                    "Use shorter rows or a smaller window_size, set rounding_travel: 0 "
-                    "(an fp32 number per weight), or take a larger device."
+                    f"{self.advice}"
                 )
             self.rows //= 2
             logger.warning(
@@ -147,12 +148,42 @@ def row_limit(
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     logits = JUDGED_TOKENS * len(head.weight) if compares_logits and head else 0
+    spans = [list(window) for window in windows]
     linears: list[list[nn.Linear]] = [
         [layer.get_submodule(name) for layer, names in window for name in names]  # type: ignore[misc]
-        for window in windows
+        for window in spans
     ]
     fixed, each = step_bytes(linears, longest, logits)
-    return RowLimit(rows_that_fit(batch_size, fixed, each, free_bytes(device)))
+    rows = rows_that_fit(batch_size, fixed, each, free_bytes(device))
+    logits *= 4 * LOGIT_COPIES
+    every = {linear for window in linears for linear in window}
+    codes = sum(linear.weight.numel() for linear in every) if compares_logits else 0
+    said = advice(max(map(len, spans), default=0), fixed - logits, each, logits + codes)
+    return RowLimit(rows, said)
+
+
+def advice(layers: int, weights: int, row: int, closing: int) -> str:
+    """
+    What to change when a step with one row does not fit, the largest part first.
+
+    :param layers: of the widest window
+    :param weights: bytes of what is learned in it
+    :param row: bytes of a row's activations
+    :param closing: bytes of all codes and of the logits that the closing pass compares
+    """
+    if layers > 2:
+        narrower = f"{layers} layers: lower shallow_layers and deep_layers"
+    else:
+        narrower = f"{layers} layers: window_size: 1, or rounding_travel: 0"
+    parts = [
+        (weights, f"weights that learn together in a window of {narrower}"),
+        (row, "activations of one row: give shorter rows"),
+        (closing, "codes and logits in the closing pass: closing_epochs: 0"),
+    ]
+    large = sorted((part for part in parts if part[0]), reverse=True)
+    total = sum(size for size, _ in large)
+    said = [f"{_gib(size)} of {what}" for size, what in large if size >= total / 8]
+    return f"A step is estimated to take {'; '.join(said)}. Or take a larger device."
 
 
 def step_bytes(

@@ -1,5 +1,6 @@
 """Regenerated rows reach the later stages, ours and the built-in ones."""
 
+import json
 from collections import defaultdict
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import llmc_faq_slider
 from llmc_faq_slider.faq.modifier import FAQModifier
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.faq.sampling import sample_batch
@@ -280,3 +282,26 @@ def test_the_saved_recipe_loads_again(model, faq, tmp_path) -> None:
     loaded = next(m for m in saved.modifiers if isinstance(m, FAQModifier))
     own = set(FAQOptions.model_fields)
     assert {f: getattr(loaded, f) for f in own} == {f: getattr(stage, f) for f in own}
+
+
+@pytest.mark.parametrize("form", ["tokenizer", "folder"])
+def test_the_tokenizer_given_to_oneshot_writes_the_data(
+    form, model, small_model, faq, tmp_path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    )
+    given = tokenizer
+    if form == "folder":
+        given = str(tmp_path / "tokenizer")
+        tokenizer.save_pretrained(given)
+    llmc_faq_slider.oneshot(
+        model=model,
+        tokenizer=given,
+        recipe=[faq(generator="self"), smooth()],
+    )
+    (path,) = tmp_path.glob("faq/datasets/*/messages.jsonl")
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert texts and all("### user: " in text for text in texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_recipes import ROOT, SMALL
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 Arguments = dict[str, Any]
 SLIDER = "recipes/slider_w4a16.yaml"
@@ -63,6 +63,22 @@ def damaged_data(folder: Path) -> Arguments:
     (data / "manifest.json").write_text('{"tokens": 512}')
     (data / "calibration.safetensors").write_bytes(b"")
     return {"dataset": str(data)}
+
+
+def a_word_file(folder: Path) -> Arguments:
+    (folder / "rows.docx").write_bytes(b"PK")
+    return {"dataset": str(folder / "rows.docx")}
+
+
+def a_broken_file(folder: Path) -> Arguments:
+    (folder / "rows.parquet").write_bytes(b"PAR1")
+    return {"dataset": folder / "rows.parquet"}
+
+
+def two_splits(**arguments: Any) -> Callable[[Path], Arguments]:
+    part = Dataset.from_dict({"text": ["A text."] * 4})
+    data = DatasetDict(train_sft=part, test_sft=part)
+    return lambda folder: {"dataset": data, **arguments}
 
 
 def a_file_in_the_way(folder: Path) -> Arguments:
@@ -135,6 +151,33 @@ ARGUMENTS = [
         "an unknown data set",
         'dataset="ultrachat_200"',
         lambda folder: {"dataset": "ultrachat_200"},
+    ),
+    Argument(
+        "a data set file that is not there",
+        'dataset="./nowhere.jsonl"',
+        lambda folder: {"dataset": "./nowhere.jsonl"},
+    ),
+    Argument("a file of another kind", 'dataset="FOLDER/rows.docx"', a_word_file),
+    Argument("a damaged file", 'dataset="FOLDER/rows.parquet"', a_broken_file),
+    Argument(
+        "a data set of two splits",
+        "dataset=DatasetDict(train_sft=..., test_sft=...)",
+        two_splits(),
+    ),
+    Argument(
+        "a split that is not there",
+        'dataset=DatasetDict(train_sft=..., test_sft=...), splits="train[:4]"',
+        two_splits(splits="train[:4]"),
+    ),
+    Argument(
+        "a streamed data set",
+        "dataset=dataset.to_iterable_dataset()",
+        lambda f: {"dataset": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()},
+    ),
+    Argument(
+        "arguments of a recipe",
+        'recipe_args={"scheme": "W8A16"}',
+        lambda folder: {"recipe_args": {"scheme": "W8A16"}},
     ),
     Argument("damaged data", 'dataset="FOLDER/calibration"', damaged_data),
     Argument(

@@ -426,6 +426,18 @@ CASES = [
         model=SMALL,
     ),
     Case(
+        "the gate of a shared expert",
+        "unquantized",
+        slider(*group(INT4)),
+        model="./model",
+        config=MOE
+        | {
+            "model_type": "qwen2_moe",
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "shared_expert_intermediate_size": 256,
+        },
+    ),
+    Case(
         "two stages whose patterns overlap",
         "overlap",
         slider("scheme: W4A16", 'targets: ["re:.*proj"]') + GPTQ_MLP,

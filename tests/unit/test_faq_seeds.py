@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from llmc_faq_slider.faq.prompts import Wrapping, to_messages, turns
@@ -67,7 +68,7 @@ def test_json_txt_and_parquet(tmp_path) -> None:
     ("name", "content", "message"),
     [
         ("a.csv", "x", "use a .json, .jsonl, .txt or .parquet"),
-        ("a.json", '{"prompt": "x"}', "not a list"),
+        ("a.json", "3", "not a list"),
         ("a.jsonl", '{"body": "x"}', r"columns \['body'\]; expected one of messages"),
         ("a.txt", "\n\n", "holds no text"),
     ],
@@ -76,6 +77,115 @@ def test_unusable_files_are_named(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_seeds(str(tmp_path / name))
+
+
+QUESTION, ANSWER = "What is rain?", "Water."
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [
+        ("Human", "Assistant"),
+        ("USER", "ASSISTANT"),
+        ("prompter", "assistant"),
+        ("human", "gpt-4"),
+        ("User:", "Bot"),
+        ("customer", "AI"),
+    ],
+)
+def test_speakers_go_by_many_names(asks, answers, tmp_path) -> None:
+    turns = [{"from": asks, "value": QUESTION}, {"from": answers, "value": ANSWER}]
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(json.dumps({"conversations": turns}))
+    chat = (("user", QUESTION), ("assistant", ANSWER))
+    assert load_seeds(str(path)) == [Seed("messages", messages=chat)]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": {"role": ["user", "assistant"], "content": [QUESTION, ANSWER]}},
+        {"conversations": {"from": ["human", "gpt"], "value": [QUESTION, ANSWER]}},
+        {
+            "messages": json.dumps(
+                [
+                    {"role": "user", "content": QUESTION},
+                    {"role": "assistant", "content": ANSWER},
+                ]
+            )
+        },
+        {
+            "text": [
+                {"role": "user", "content": [QUESTION]},
+                {"role": "assistant", "content": {"parts": [ANSWER]}},
+            ]
+        },
+        {"Dialog": [QUESTION, ANSWER]},
+        {
+            "chat": [
+                {"speaker": "User", "text": QUESTION},
+                {"role": "ai", "text": ANSWER},
+            ]
+        },
+        {
+            "turns": [
+                {"author": {"role": "user"}, "content": QUESTION},
+                {"role": "model", "content": ANSWER},
+            ]
+        },
+    ],
+)
+def test_chats_come_in_many_forms(record, tmp_path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(json.dumps(record))
+    chat = (("user", QUESTION), ("assistant", ANSWER))
+    assert load_seeds(str(path)) == [Seed("messages", messages=chat)]
+
+
+def test_records_left_out_are_counted_and_named(tmp_path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    stranger = {"messages": [{"role": "narrator", "content": "It rained."}]}
+    silent = {"messages": [{"role": "assistant", "content": "Hello."}]}
+    records = [{"prompt": QUESTION}, stranger, silent]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    said: list[str] = []
+    handle = logger.add(said.append, format="{message}")
+    try:
+        assert len(load_seeds(str(path))) == 1
+    finally:
+        logger.remove(handle)
+    assert "2 of 3 records" in said[0] and str(path) in said[0]
+    assert "record 2" in said[0] and "'narrator'" in said[0]
+    path.write_text(json.dumps(stranger))
+    with pytest.raises(ValueError, match="record 1: its chat has the speaker 'narr"):
+        load_seeds(str(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "Why?"}\r\n{"prompt": "How?"}\r\n'),
+        ("a.json", '[{"prompt": "Why?"}, {"prompt": "How?"}]'),
+        ("a.txt", "Why?\r\n\r\nHow?\r\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(encoding, name, content, tmp_path) -> None:
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert [seed.text for seed in load_seeds(str(tmp_path / name))] == ["Why?", "How?"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "Why?"}\n{"prompt": "How?"}\n',
+        '{"prompt": ["Why?", "How?"]}',
+        '{"data": [{"prompt": "Why?"}, {"prompt": "How?"}]}',
+    ],
+)
+def test_json_files_hold_records_in_many_forms(content, tmp_path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert [s.text for s in load_seeds(str(tmp_path / "a.json"))] == ["Why?", "How?"]
 
 
 def test_a_missing_file_is_no_hub_name(tmp_path) -> None:
@@ -167,6 +277,6 @@ def test_sources_and_answers_are_read(tmp_path) -> None:
         Seed("text", text="a passage"),
     ]
     assert [seed.source for seed in seeds] == ["a", str(path), "b", str(other)]
-    path.write_text('{"messages": ["hello"]}')
-    with pytest.raises(ValueError, match="turn is a str"):
+    path.write_text('{"messages": [3]}')
+    with pytest.raises(ValueError, match="record 1: .*turn that is of type int"):
         load_seeds(str(path))

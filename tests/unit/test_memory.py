@@ -12,6 +12,7 @@ from llmc_faq_slider.slider.learner import learn_windows
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import (
     RowLimit,
+    advice,
     free_bytes,
     out_of_memory,
     rows_that_fit,
@@ -96,7 +97,7 @@ def test_smaller_pieces_have_the_same_gradients(room):
 
 
 def test_one_row_that_does_not_fit_ends_with_advice(model):
-    with pytest.raises(MemoryError, match="does not fit.*Use shorter rows"):
+    with pytest.raises(MemoryError, match="does not fit.*Take a larger device"):
         learn(model, RowLimit(8), room=0)
 
 
@@ -131,6 +132,20 @@ def allocate_more_than_there_is():
 
 def test_the_machines_own_memory_error_is_known():
     assert in_a_process(allocate_more_than_there_is) in (12, 14)
+
+
+def test_advice_names_what_is_large():
+    gib = 2**30
+    wide = advice(layers=4, weights=30 * gib, row=gib, closing=8 * gib)
+    assert wide.index("shallow_layers and deep_layers") < wide.index(
+        "closing_epochs: 0"
+    )
+    assert "30.0 GiB of weights" in wide and "shorter rows" not in wide
+    long = advice(layers=2, weights=gib, row=20 * gib, closing=0)
+    assert "20.0 GiB of activations" in long and "shorter rows" in long
+    assert "window_size" not in long and "closing_epochs" not in long
+    narrow = advice(layers=2, weights=20 * gib, row=gib, closing=0)
+    assert "window_size: 1, or rounding_travel: 0" in narrow
 
 
 def test_estimate():
