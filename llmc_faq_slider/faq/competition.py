@@ -1,7 +1,7 @@
 """Gates over one task's candidates after another, and what comes through."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmc_faq_slider.faq.content_gates import (
@@ -23,6 +23,20 @@ from llmc_faq_slider.faq.rendering import (
 )
 from llmc_faq_slider.faq.settings import Settings
 from llmc_faq_slider.faq.writer import Chain
+
+#: share of the first prompts that have to give something
+LEAST_YIELD = 0.25
+#: fields that loosen a gate; changing them asks for no answer again
+_LOOSENED_BY = {
+    "truncated": "accept_truncated",
+    "too_short": "min_response_tokens",
+    "compressible": "max_zlib_ratio",
+    "repetitive": "max_repeated_share",
+    "refusal": "allow_refusals",
+    "language": "keep_language",
+    "evaluation_overlap": "evaluation_sets",
+    "near_duplicate": "max_similarity",
+}
 
 
 class RegenerationError(RuntimeError):
@@ -138,7 +152,9 @@ class Referee:
         """Add the group of a task that is not tried again.
 
         Without a valid candidate the seed itself is added if it is a sample by itself
-        (a passage, or a chat with its answer); a bare request is dropped.
+        (a passage, or a chat with its answer) and such seeds stay within
+        ``max_fallback_fraction`` of the prompts so far. Else the prompt is dropped, and
+        one that comes later takes its place.
         """
         counts, settings = self.outcome.counts, self._settings
         counts["prompts_answered"] += 1
@@ -147,29 +163,66 @@ class Referee:
             self.outcome.add(Group(task, entrants))
             return
         given = original(task.seed, self._talk, settings.sequence_length)
-        if given is None:
+        allowed = settings.max_fallback_fraction * counts["prompts_answered"]
+        if given is None or counts["prompts_fallback"] + 1 > allowed:
             counts["prompts_dropped"] += 1
             return
         counts["prompts_fallback"] += 1
         self.outcome.add(Group(task, [], Sample(given, [1] * len(given))))
 
-    def check_fallbacks(self) -> None:
-        """Refuse to go on when too many prompts had no valid candidate.
+    def check_trial(self) -> None:
+        """Give up when the first prompts gave almost nothing.
 
-        :raises RegenerationError: naming the share, the limit and the gates that fired
+        :raises RegenerationError: with the counts, and how to go on
         """
-        counts, settings = self.outcome.counts, self._settings
-        asked = counts["prompts_answered"]
-        lost = counts["prompts_dropped"] + counts["prompts_fallback"]
-        if lost <= settings.max_fallback_fraction * asked:
+        answered = self.outcome.counts["prompts_answered"]
+        if len(self.outcome.groups) >= LEAST_YIELD * answered:
             return
-        fired = ", ".join(f"{n} x {g}" for g, n in self.outcome.gates.most_common())
         raise RegenerationError(
-            f"FAQModifier: {lost} of {asked} prompts ({lost / asked:.0%}, limit "
-            f"{settings.max_fallback_fraction:.0%}) have no valid answer among "
-            f"{settings.num_candidates} candidates each; gates that fired: {fired}. "
-            "Choose a stronger generator, raise num_candidates or max_new_tokens, "
-            "loosen the gate that fires most, or raise max_fallback_fraction."
+            f"FAQModifier: {self._tally()}, fewer than one in four, so going on is "
+            f"hopeless. {self._way_on()}"
+        )
+
+    def check_budget(self, wanted: int, rounds: int) -> None:
+        """Refuse fewer tokens than the data set takes.
+
+        :param rounds: how often the seeds were answered with other random numbers
+        :raises RegenerationError: with the counts, and how to go on
+        """
+        if self.outcome.tokens >= wanted:
+            return
+        too_long = self.outcome.counts["prompts_too_long"]
+        raise RegenerationError(
+            f"FAQModifier: {rounds} rounds through the seeds gave "
+            f"{self.outcome.tokens:.0f} tokens, {wanted} are needed; {self._tally()}"
+            + (f", {too_long} were too long" if too_long else "")
+            + ". Give more seeds, or lower num_samples or sequence_length. "
+            + self._way_on()
+        )
+
+    def _tally(self) -> str:
+        """Such as ``8 of 72 prompts have a valid answer (gates that fired: ...)``."""
+        counts, settings = self.outcome.counts, self._settings
+        valid = sum(bool(group.entrants) for group in self.outcome.groups)
+        fired = ", ".join(f"{n} x {g}" for g, n in self.outcome.gates.most_common())
+        each = settings.num_candidates
+        return (
+            f"{valid} of {counts['prompts_answered']} prompts have a valid answer "
+            f"among {each} candidate{'s' if each > 1 else ''} each"
+            + (f" (gates that fired: {fired})" if fired else "")
+        )
+
+    def _way_on(self) -> str:
+        fields = [
+            _LOOSENED_BY[gate]
+            for gate, _ in self.outcome.gates.most_common()
+            if gate in _LOOSENED_BY
+        ]
+        fields += ["num_candidates", "retries"]
+        return (
+            "All answers are kept: the same command goes on with them once one of "
+            f"these is changed: {', '.join(dict.fromkeys(fields))}. Another generator "
+            "or max_new_tokens begins anew."
         )
 
     def _entrant(self, task: Task, chain: Chain) -> Entrant | None:
@@ -236,3 +289,18 @@ class Referee:
             else:
                 samples.append(sample)
         return samples
+
+
+def losses(counts: Mapping[str, int]) -> str | None:
+    """A sentence on prompts that gave no valid answer, None if there are none.
+
+    :param counts: those of an :class:`Outcome`, or of a manifest
+    """
+    dropped, fallback = counts["prompts_dropped"], counts["prompts_fallback"]
+    if not dropped + fallback:
+        return None
+    return (
+        f"FAQ: {dropped + fallback} of {counts['prompts_answered']} prompts had no "
+        f"valid answer: {dropped} were replaced by other prompts, {fallback} by their "
+        "seeds as they are."
+    )

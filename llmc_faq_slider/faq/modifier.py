@@ -17,6 +17,7 @@ from llmc_faq_slider.faq.assembly import (
     produce,
     warn_without_template,
 )
+from llmc_faq_slider.faq.competition import losses
 from llmc_faq_slider.faq.identity import weights_fingerprint
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.host.calibration_data import (
@@ -83,7 +84,7 @@ class FAQModifier(FAQOptions, Modifier):
     def report(self) -> dict[str, Any]:
         """
         The last run's data set, JSON-like: its folder's name below ``datasets`` of the
-        cache, sizes, and the manifest's counts. Empty before a run.
+        cache, sizes, the manifest's counts, and warnings. Empty before a run.
         """
         return self._report
 
@@ -107,10 +108,12 @@ class FAQModifier(FAQOptions, Modifier):
         assert self._handoff is not None
         rows = self._handoff.loader if self._handoff.given else None
         result = produce(self, _target(state.model), rows)
+        sentence = losses(result.manifest["counts"])
         self._report = {
             "dataset": result.folder.name,
             "rows": len(result.input_ids),
             **{name: result.manifest[name] for name in _REPORTED},
+            "warnings": [sentence] if sentence else [],
         }
         self._handoff.swap(result.input_ids, result.loss_mask, state.model)
         state.data.calib = self._handoff.loader

@@ -102,9 +102,11 @@ class FAQOptions(BaseModel):
     :param accept_truncated: let cut-off answers compete, below all finished ones.
         Default True
     :param retries: further tries, with new random numbers and twice the tokens, for
-        prompts without valid answer. Default 3
-    :param max_fallback_fraction: share of prompts without valid answer above which
-        the run fails. Default 0.1
+        prompts without valid answer, before another prompt takes their place. Default
+        0: another prompt is cheaper
+    :param max_fallback_fraction: largest share of prompts whose seed (a passage, or a
+        chat with its answer) stands in as it is where no answer is valid; beyond it
+        another prompt takes the place. Default 0.1
     :param cache_dir: folder for candidates, data sets and manifests. None: folder
         ``faq`` in the folder the environment variable LLMC_FAQ_SLIDER_CACHE names, else
         in ~/.cache/llmc_faq_slider
@@ -147,7 +149,7 @@ class FAQOptions(BaseModel):
     keep_language: bool | None = None
     allow_refusals: bool = False
     accept_truncated: bool = True
-    retries: int = Field(default=3, ge=0, le=8)
+    retries: int = Field(default=0, ge=0, le=8)
     max_fallback_fraction: float = Field(default=0.1, ge=0, le=1)
     cache_dir: str | None = None
     seed: int = 0

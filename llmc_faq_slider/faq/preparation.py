@@ -24,7 +24,11 @@ from llmc_faq_slider.faq.rendering import (
 )
 from llmc_faq_slider.faq.sampling import row_seed
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.settings import CONTINUATION_TOKENS, Settings
+from llmc_faq_slider.faq.settings import (
+    CONTINUATION_TOKENS,
+    TRIAL_PROMPTS,
+    Settings,
+)
 from llmc_faq_slider.faq.store import Candidate
 
 _PLAIN_ROLES = {"user", "assistant"}
@@ -201,7 +205,8 @@ def request(prompt: Prompt, index: int, talk: Conversation, seed: int) -> Reques
 def batches(seeds: Sequence[Seed], settings: Settings) -> Iterator[list[Task]]:
     """Batches of tasks, a pure function of seed ids, seed and batch size.
 
-    Seeds come in an order shuffled by hash, so every batch is a varied one.
+    Seeds come in an order shuffled by hash, so every batch is a varied one. The first
+    is cut in two, so that what a trial shows is known before the rest is asked.
     """
 
     def place(seed: Seed) -> str:
@@ -211,7 +216,11 @@ def batches(seeds: Sequence[Seed], settings: Settings) -> Iterator[list[Task]]:
     for round_index in range(MAX_ROUNDS):
         for start in range(0, len(ordered), settings.batch_size):
             part = ordered[start : start + settings.batch_size]
-            yield [Task(seed, round_index) for seed in part]
+            tasks = [Task(seed, round_index) for seed in part]
+            if start == round_index == 0 and len(tasks) > TRIAL_PROMPTS:
+                yield tasks[:TRIAL_PROMPTS]
+                tasks = tasks[TRIAL_PROMPTS:]
+            yield tasks
 
 
 def fits(prompt: Prompt, context: int | None, settings: Settings) -> bool:

@@ -10,7 +10,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmc_faq_slider.faq.choice import Pick, choose, queues
-from llmc_faq_slider.faq.competition import Outcome, Referee, RegenerationError
+from llmc_faq_slider.faq.competition import (
+    Outcome,
+    Referee,
+    RegenerationError,
+    losses,
+)
 from llmc_faq_slider.faq.content_gates import Evaluation
 from llmc_faq_slider.faq.coverage import by_coverage, profiles
 from llmc_faq_slider.faq.experts import TransformersExpert
@@ -21,12 +26,9 @@ from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.plain import marks, plain_seeds
 from llmc_faq_slider.faq.preparation import Conversation, Task, batches, conversation
 from llmc_faq_slider.faq.seeds import Seed, seed_texts
-from llmc_faq_slider.faq.settings import Settings
+from llmc_faq_slider.faq.settings import TRIAL_PROMPTS, Settings
 from llmc_faq_slider.faq.store import CalibrationSet, Store, content_key
 from llmc_faq_slider.faq.writer import Writer
-
-#: prompts to judge by before a run that mostly fails is stopped early
-_ENOUGH_PROMPTS = 64
 
 
 def regenerate(
@@ -40,8 +42,9 @@ def regenerate(
 ) -> CalibrationSet:
     """Regenerate calibration data, or read it back if nothing changed.
 
-    Prompts are answered in batches until N x L tokens stand to choose from; the seed
-    set is answered anew, with other random numbers, when it is too small.
+    Prompts are answered in batches until N x L tokens stand to choose from. One
+    without a valid answer is replaced by the next; the seed set is answered anew, with
+    other random numbers, when it is too small.
 
     :param seeds: what to regenerate from; what they say stays in user turns
     :param target: tokenizer (with chat template) of the model to be quantised
@@ -50,7 +53,8 @@ def regenerate(
     :param store: where candidates, scores and the finished set are kept
     :param experts: who is asked for scores, where the selector wants any
     :param evaluation: what the data must not share a run of 13 words with
-    :raises RegenerationError: when too few answers are valid
+    :raises RegenerationError: when fewer than one in four of the first prompts has a
+        valid answer, or all rounds through the seeds do not fill N x L tokens
     :raises FolderBusyError: while another process makes the same candidates
     """
     plain = plain_seeds(seeds, marks(target, source.tokenizer))
@@ -120,27 +124,24 @@ def _collect(
     outcome = referee.outcome
     wanted = math.ceil(settings.token_budget * settings.oversample)
     # Until a batch has shown better: answers fill half of what they may.
-    tokens_per_batch = settings.batch_size * settings.sampling.max_new_tokens / 2
-    for done, batch in enumerate(batches(seeds, settings)):
-        if outcome.tokens:
-            tokens_per_batch = outcome.tokens / done
-        left = math.ceil(max(0, wanted - outcome.tokens) / tokens_per_batch)
-        bar.total = bar.n + left * len(batch) * settings.num_candidates
+    tokens_per_prompt = settings.sampling.max_new_tokens / 2
+    done, on_trial = 0, True
+    for batch in batches(seeds, settings):
+        left = max(0, wanted - outcome.tokens) / tokens_per_prompt
+        bar.total = math.ceil(bar.n + max(left, len(batch)) * settings.num_candidates)
         bar.set_description(f"FAQ: {outcome.tokens:.0f} of {wanted} tokens")
         _answer(batch, settings, writer, referee)
-        if outcome.counts["prompts_answered"] >= _ENOUGH_PROMPTS:
-            referee.check_fallbacks()
+        done += len(batch)
+        tokens_per_prompt = outcome.tokens / done or tokens_per_prompt
+        if on_trial and outcome.counts["prompts_answered"] >= TRIAL_PROMPTS:
+            referee.check_trial()
+            on_trial = False
         if outcome.tokens >= wanted:
             break
-    referee.check_fallbacks()
-    if outcome.tokens < wanted:
-        raise RegenerationError(
-            f"FAQModifier: {len(seeds)} seeds gave {outcome.tokens:.0f} tokens, "
-            f"{settings.num_samples} x {settings.sequence_length}"
-            f"{f' x {settings.oversample:g}' if settings.oversample != 1 else ''} = "
-            f"{wanted} are needed. Give more seeds, or lower num_samples or "
-            "sequence_length."
-        )
+    referee.check_budget(wanted, batch[0].round + 1)
+    sentence = losses(outcome.counts)
+    if sentence:
+        logger.warning(sentence)
     return outcome
 
 

@@ -20,6 +20,9 @@ MIN_PASSAGE_TOKENS = 16
 #: prefix tokens that a model without a chat template continues
 CONTINUATION_TOKENS = 64
 
+#: prompts after which a generator that mostly fails is given up
+TRIAL_PROMPTS = 32
+
 #: selectors that ask an expert for a number, and those that ask the target
 SCORED: tuple[Selector, ...] = ("expert_nll", "typical", "target_nll")
 
@@ -77,7 +80,8 @@ class Settings:
         prompts without any valid answer
     :param oversample: tokens to collect, as a multiple of N x L, for the choice of
         samples by the channels they excite; 1 for no such choice
-    :param max_fallback_fraction: largest share of prompts without any valid answer
+    :param max_fallback_fraction: largest share of prompts whose seed stands in for a
+        valid answer as it is
     :param chain_of_thought: have the reasoning written before the answer; None for the
         template's thinking mode only
     :param enable_thinking: thinking switch of the chat template, None for automatic
@@ -91,7 +95,7 @@ class Settings:
     batch_size: int
     selector: Selector = "expert_nll"
     gates: GateLimits = field(default_factory=GateLimits)
-    retries: int = 3
+    retries: int = 0
     oversample: float = 1.0
     max_fallback_fraction: float = 0.1
     chain_of_thought: bool | None = None

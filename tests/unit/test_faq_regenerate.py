@@ -7,10 +7,12 @@ from itertools import groupby
 
 import pytest
 import torch
+from generated import cases
+from hypothesis import strategies as st
 from scribe import SETTINGS, Scribe, source
 from transformers import AutoTokenizer, GenerationConfig
 
-from llmc_faq_slider.faq.competition import RegenerationError
+from llmc_faq_slider.faq.competition import RegenerationError, losses
 from llmc_faq_slider.faq.generators import resolve_sampling
 from llmc_faq_slider.faq.preparation import Task, batches, conversation, prepare
 from llmc_faq_slider.faq.regenerate import regenerate
@@ -155,7 +157,7 @@ def test_few_seeds_are_answered_anew(tokenizer, scribe, tmp_path) -> None:
 
 def test_too_few_tokens_is_a_clear_error(tokenizer, scribe, tmp_path) -> None:
     settings = replace(SETTINGS, num_samples=400)
-    with pytest.raises(RegenerationError, match="1 seeds gave .* are needed"):
+    with pytest.raises(RegenerationError, match="16 rounds .* are needed"):
         run(tokenizer, scribe, tmp_path, settings, SEEDS[:1])
 
 
@@ -163,10 +165,70 @@ def babble(end_id):
     return lambda request: Draw([7] * 30 + [end_id], True, [-1.0] * 31)
 
 
-def test_prompts_without_valid_answer_fail_the_run(tokenizer, scribe, tmp_path) -> None:
+def test_a_generator_that_only_babbles_is_given_up(tokenizer, scribe, tmp_path) -> None:
     scribe.write = babble(scribe.end_id)
-    with pytest.raises(RegenerationError, match="no valid answer .* repetitive"):
-        run(tokenizer, scribe, tmp_path)
+    with pytest.raises(RegenerationError, match="0 of 32 prompts .* repetitive"):
+        run(tokenizer, scribe, tmp_path, seeds=SEEDS[:4])
+    asked = len(scribe.requests)
+    assert asked == 32 * SETTINGS.num_candidates
+    # loosening the gate that fired goes on with what was written, as the message says
+    loose = replace(SETTINGS.gates, max_repeated_share=1.0)
+    settings = replace(SETTINGS, gates=loose, num_samples=1)
+    with pytest.raises(RegenerationError, match="duplicate"):
+        run(tokenizer, scribe, tmp_path, settings, SEEDS[:4])
+    assert len(scribe.requests) == asked
+
+
+def failing(scribe: Scribe, share: float):
+    """Writes babble for exactly this share of any run of requests, evenly spread."""
+    bad = babble(scribe.end_id)
+
+    def write(request):
+        number = len(written)
+        written.append(request)
+        fails = int((number + 1) * share) > int(number * share)
+        return bad(request) if fails else scribe.random(request)
+
+    written: list = []
+    return write
+
+
+@cases(
+    40,
+    share=st.sampled_from([0.05, 0.3, 0.6, 0.9]),
+    batch_size=st.sampled_from([1, 5, 32, 48, 72]),
+    seeds=st.integers(3, 60),
+    passages=st.booleans(),
+    rows=st.integers(1, 6),
+)
+def test_a_prompt_without_valid_answer_costs_a_prompt_not_the_run(
+    share, batch_size, seeds, passages, rows, tokenizer, tmp_path_factory
+) -> None:
+    scribe = Scribe(end_of_turn_id(tokenizer), 30)
+    scribe.write = failing(scribe, share)
+    settings = replace(
+        SETTINGS, num_candidates=1, batch_size=batch_size, num_samples=rows
+    )
+    kind, words = ("text", " and so on" * 4) if passages else ("prompt", "")
+    given = [Seed(kind, text=f"{kind} number {i}{words}") for i in range(seeds)]
+    folder = tmp_path_factory.mktemp("store")
+    hopeless = share == 0.9
+    try:
+        result = run(tokenizer, scribe, folder, settings, given)
+    except RegenerationError as error:
+        assert (
+            hopeless and "hopeless" in str(error) and "the same command" in str(error)
+        )
+        assert len(scribe.requests) < 32 + batch_size
+        return
+    assert result.input_ids.shape == (rows, settings.sequence_length)
+    counts = result.manifest["counts"]
+    assert not hopeless or counts["prompts_answered"] < 32
+    limit = settings.max_fallback_fraction * counts["prompts_answered"]
+    assert counts["prompts_fallback"] <= (limit if passages else 0)
+    lost = counts["prompts_dropped"] + counts["prompts_fallback"]
+    assert lost <= share * counts["prompts_answered"] < lost + 1
+    assert (losses(counts) is None) == (lost == 0)
 
 
 def test_text_seeds_fall_back_to_themselves(tokenizer, scribe, tmp_path) -> None:
