@@ -16,9 +16,18 @@ RECIPE ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+# avx2 has everything take this machine's CPU for one with AVX2 alone.
+CPU ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
+
+ifeq ($(CPU),avx2)
+export PYTHONPATH := $(CURDIR)/scripts/avx2$(if $(PYTHONPATH),:$(PYTHONPATH))
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export MKL_ENABLE_INSTRUCTIONS := AVX2
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq \
@@ -39,7 +48,7 @@ install: $(VENV)/.ready ## .venv with everything for development
 
 serve-env: $(SERVE)/.ready ## .venv-serve with vLLM for the CPU
 
-quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=...]
+quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=... CPU=avx2]
 	@echo "Quickstart: up to 20 minutes on 2 cores the first time, less after that."
 	@since=$$(date +%s); $(MAKE) --no-print-directory --silent install && \
 	$(BIN)/python scripts/quickstart.py --since $$since \
@@ -51,7 +60,7 @@ bench-quality: $(VENV)/.ready ## SliderQuant against its peers [BENCH_ARGS=--qui
 bench-ablation: $(VENV)/.ready ## what each part and default is worth [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.ablation $(BENCH_ARGS)
 
-test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=...]
+test: quality $(SERVE)/.ready ## quality, then all tests [PYTEST_ARGS=... CPU=avx2]
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--least-cases 2000)
 
 test-gpu: $(VENV)/.ready ## what runs on an NVIDIA GPU; skipped without one
