@@ -31,8 +31,18 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-# Fields that say how a run is done, not what comes out of it.
-WITHOUT_EFFECT = {"checkpoint_dir", "strict", "target", "index", "group"}
+# Fields that do not change what the windows learn: how a run is done, the closing pass,
+# which keeps its own with its state, and what only sets other fields.
+WITHOUT_EFFECT = {
+    "checkpoint_dir",
+    "strict",
+    "target",
+    "index",
+    "group",
+    "closing_epochs",
+    "closing_lr",
+    "preset",
+}
 
 
 def stage_position(stage: Modifier) -> int:

@@ -33,6 +33,13 @@ class TargetedLayers:
         """Layers of a window, each with the formats of its linears."""
         return [(self.modules[i], self.grids.get(i, {})) for i in window.layers]
 
+    def modules_by_layer(self) -> dict[int, dict[str, nn.Module]]:
+        """Targeted linears by layer index and name within the layer."""
+        return {
+            index: {name: self.modules[index].get_submodule(name) for name in names}
+            for index, names in self.grids.items()
+        }
+
     def for_learning(self, quantized_inputs: bool | Literal["auto"]) -> Self:
         """
         The same layers; inputs that windows are not to learn on have no format.

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 from llmc_faq_slider.slider.closing import ClosingResult
+from llmc_faq_slider.slider.idle import Idle
 from llmc_faq_slider.slider.learning_state import WindowResult
 
 __all__ = ["Outcome", "remarks"]
@@ -19,6 +20,7 @@ class Outcome:
     :param windows: in training order
     :param closing: None if there was no closing pass
     :param warnings: sentences
+    :param idle: what no calibration token reached, None if every linear was reached
     """
 
     rows: int
@@ -26,6 +28,7 @@ class Outcome:
     windows: list[WindowResult]
     closing: ClosingResult | None
     warnings: list[str]
+    idle: Idle | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON-like. A loss that is not finite is None."""
@@ -34,6 +37,7 @@ class Outcome:
             "tokens": self.tokens,
             "windows": [_window(result) for result in self.windows],
             "closing": None if self.closing is None else _closing(self.closing),
+            "idle": None if self.idle is None else _idle(self.idle),
             "warnings": self.warnings,
         }
 
@@ -82,6 +86,16 @@ def _closing(result: ClosingResult) -> dict[str, Any]:
     return asdict(result) | {
         "start_loss": _finite(result.start_loss),
         "loss": _finite(result.loss),
+    }
+
+
+def _idle(idle: Idle) -> dict[str, Any]:
+    return {
+        "linears": len(idle.linears),
+        "experts": idle.experts,
+        "all_experts": idle.all_experts,
+        "share_of_weights": round(idle.share_of_weights, 6),
+        "tokens_for_all": idle.tokens,
     }
 
 
