@@ -20,14 +20,13 @@ from llmc_faq_slider.slider.forwards import (
     Arguments,
     layer_output,
     replaced_forwards,
+    same_output,
     split_hidden,
 )
 
 __all__ = ["DRY_TOKENS", "DryPass", "dry_pass", "not_supported"]
 
 DRY_TOKENS = 64
-# Squared error of a linear's output relative to its square: far above rounding.
-SAME_OUTPUT = 1e-2
 
 Linears = Mapping[int, Mapping[str, nn.Module]]
 
@@ -44,13 +43,16 @@ class DryPass:
     """
     :param calls: what each layer was given beside hidden states
     :param tails: what each layer returned behind hidden states, None if no tuple
-    :param hidden: output of the last layer, ``[1, tokens, hidden]``
+    :param states: input of each layer and output of the last, ``[1, tokens, hidden]``,
+        until the chain of layers is checked
+    :param hidden: output of the last layer, likewise
     :param logits: the model's own, None if it returns none
     :param uncalled: linears that no token of the row reached, ``<layer>.<name>``
     """
 
     calls: list[Arguments] = field(default_factory=list)
     tails: list[tuple[Any, ...] | None] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: Any = None
     uncalled: set[str] = field(default_factory=set)
@@ -84,6 +86,7 @@ def dry_pass(
                 raise not_supported(f"Decoder layer {index} is called more than once.")
             _check_states(index, states, found.hidden)
             found.calls.append(call)
+            found.states.append(states)
             trial = _Trial(index, layer, forward, linears.get(index, {}))
             output = trial.run(states, *call[0], **call[1])
             for name, reason in trial.unfit.items():
@@ -105,6 +108,7 @@ def dry_pass(
     if len(found.calls) < len(layers):
         raise _not_reached(len(found.calls), layers)
     _check_finite(len(layers), found.hidden)
+    found.states.append(found.hidden)
     if unfit:
         patterns = ", ".join(f'"re:.*{pattern}$"' for pattern in unfit)
         raise ValueError(
@@ -263,11 +267,8 @@ def _is_linear(module: nn.Module, output: Any, *args: Any, **kwargs: Any) -> boo
         return False
     if args[0].shape[-1] != weight.shape[-1]:
         return False
-    expected = F.linear(args[0], weight, bias).float()  # type: ignore[arg-type]
-    if output.shape != expected.shape:
-        return False
-    error = (output.float() - expected).square().sum()
-    return bool(error <= SAME_OUTPUT * expected.square().sum())
+    expected = F.linear(args[0], weight, bias)  # type: ignore[arg-type]
+    return output.shape == expected.shape and same_output(output, expected)
 
 
 def _detached(output: Any) -> Any:

@@ -1,7 +1,8 @@
 """How modules are called, and called with other forwards than their own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor, nn
 
 __all__ = [
     "Arguments",
+    "fresh",
     "layer_output",
     "replaced_forwards",
     "same_arguments",
+    "same_output",
     "split_hidden",
 ]
+
+# Squared error relative to the square, far above rounding.
+SAME_OUTPUT = 1e-2
 
 #: positional and keyword arguments of a decoder layer beside its hidden states
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -25,6 +31,23 @@ def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ..
         return args[0], (args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), ((), rest)
+
+
+def fresh(arguments: Arguments, without: bool = False) -> Arguments:
+    """
+    The same arguments with mappings of their own, in which what a layer leaves for
+    others is lost.
+
+    :param without: mappings are None
+    """
+
+    def own(value: Any) -> Any:
+        if isinstance(value, MutableMapping):
+            return None if without else copy(value)
+        return value
+
+    args, kwargs = arguments
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
 
 def layer_output(output: Any) -> Tensor:
@@ -42,6 +65,12 @@ def same_arguments(before: Any, now: Any) -> bool:
     if isinstance(before, list | tuple):
         return len(before) == len(now) and all(map(same_arguments, before, now))
     return not isinstance(now, Tensor)
+
+
+def same_output(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are of one computation, but for rounding."""
+    error = (one.float() - other.float()).square().sum()
+    return bool(error <= SAME_OUTPUT * other.float().square().sum())
 
 
 @contextmanager

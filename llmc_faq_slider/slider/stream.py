@@ -20,9 +20,11 @@ from llmc_faq_slider.slider.dry_pass import (
 )
 from llmc_faq_slider.slider.forwards import (
     Arguments,
+    fresh,
     layer_output,
     replaced_forwards,
     same_arguments,
+    same_output,
     split_hidden,
 )
 from llmc_faq_slider.slider.rows import check_rows
@@ -79,7 +81,7 @@ class DecoderCalls:
 
         :param hidden: ``[rows, length, hidden]``
         """
-        args, kwargs = self.arguments(*hidden.shape[:2])[index]
+        args, kwargs = fresh(self.arguments(*hidden.shape[:2])[index])
         return layer_output(self.layers[index](hidden, *args, **kwargs))
 
     def run_span(self, span: range, hidden: Tensor) -> Tensor:
@@ -146,22 +148,43 @@ def capture_decoder(
     calls = DecoderCalls(
         model, layers, dry_pass(model, layers, short, linears or {}), device
     )
-    _check_arguments(calls, short, calls.dry.calls)
+    _check_chain(calls, short)
     hidden = []
     for row in rows:
         ids = row.unsqueeze(0).to(device)
         states, arguments = calls.enter(ids)
-        _check_arguments(calls, ids, arguments)
+        if not same_arguments(calls.arguments(*ids.shape), arguments):
+            raise _depends_on_tokens()
         hidden.append(states.to("cpu", copy=True))
     return hidden, calls
 
 
-def _check_arguments(calls: DecoderCalls, ids: Tensor, given: list[Arguments]) -> None:
-    if not same_arguments(calls.arguments(*ids.shape), given):
-        raise not_supported(
-            "The decoder layers are given more than hidden states that depends on the "
-            "tokens."
-        )
+def _check_chain(calls: DecoderCalls, ids: Tensor) -> None:
+    """
+    Refuse layers that are given what depends on tokens, or what a layer before them
+    left in a mapping that all of them are given.
+    """
+    expected = calls.arguments(*ids.shape)
+    states = calls.dry.states
+    for index, given in enumerate(calls.dry.calls):
+        if same_arguments(expected[index], given):
+            continue
+        if not same_arguments(fresh(expected[index], True), fresh(given, True)):
+            raise _depends_on_tokens()
+        try:
+            alone = calls.run(index, states[index])
+        except (LookupError, AttributeError, TypeError) as error:
+            raise _depends_on_tokens() from error
+        if not same_output(alone - states[index], states[index + 1] - states[index]):
+            raise _depends_on_tokens()
+    states.clear()
+
+
+def _depends_on_tokens() -> ValueError:
+    return not_supported(
+        "The decoder layers are given more than hidden states that depends on the "
+        "tokens."
+    )
 
 
 def pass_rows(
