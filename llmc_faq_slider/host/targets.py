@@ -74,7 +74,7 @@ def targeted_layers(
     linears = targeted_linears(model, stage)
     inside, outside = split_targets(layers, linears)
     if outside:
-        raise ValueError(outside_layers(outside))
+        raise ValueError(outside_layers(outside, [name for name, _ in layers]))
     return TargetedLayers(
         [name for name, _ in layers],
         [layer for _, layer in layers],
