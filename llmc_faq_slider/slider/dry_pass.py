@@ -233,7 +233,9 @@ class _Trial:
         forward = module.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.uncalled.discard(name)
+            # Experts may be called with no tokens.
+            if not args or not isinstance(args[0], Tensor) or args[0].numel():
+                self.uncalled.discard(name)
             poison = module.__dict__.pop("weight")
             try:
                 output = forward(*args, **kwargs)

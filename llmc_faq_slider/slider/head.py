@@ -79,7 +79,7 @@ def missing_distribution(model: nn.Module, calls: DecoderCalls) -> str | None:
     found = OutputHead(model, calls).log_probabilities(hidden.flip(1)).flip(1)
     expected = logits.float().log_softmax(dim=-1)
     error = F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
-    if not error.mean() < SAME_DISTRIBUTION:
+    if error.mean() > SAME_DISTRIBUTION:
         return f"{name}'s output follows from more than its last decoder layer"
     return None
 
