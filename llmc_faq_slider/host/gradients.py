@@ -36,6 +36,7 @@ def learnable_weights(model: nn.Module) -> None:
     copies: dict[Tensor, Tensor] = {}
     with disable_onloading():
         for module in model.modules():
+            stored: Any
             for stored in (module._parameters, module._buffers):
                 for name, tensor in stored.items():
                     if tensor is None or not tensor.is_inference():

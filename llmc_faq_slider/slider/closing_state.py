@@ -28,7 +28,7 @@ def _where(saved: Checkpoint | None, plan: Plan) -> dict[str, Any] | None:
     """Place of a saved state in a pass of the same plan; others do not count."""
     progress = saved.progress if saved is not None else None
     where = (progress or {}).get(CLOSING)
-    return where if where is not None and where["plan"] == plan else None
+    return where if where is not None and where.get("plan") == plan else None
 
 
 def save_steps(

@@ -75,11 +75,19 @@ def missing_distribution(model: nn.Module, calls: DecoderCalls) -> str | None:
         return f"{name} has one output for a whole row"
     if logits.shape[-1] < 2:
         return f"{name} has a head of one label"
+    try:
+        with torch.enable_grad():
+            start = hidden.flip(1).requires_grad_()
+            found = OutputHead(model, calls).log_probabilities(start)
+            torch.autograd.grad(found[..., 0].sum(), start)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        return f"{name}'s head cannot be differentiated ({reason})"
     # In another order, since the head is to look at one token at a time.
-    found = OutputHead(model, calls).log_probabilities(hidden.flip(1)).flip(1)
+    found = found.detach().flip(1)
     expected = logits.float().log_softmax(dim=-1)
-    error = F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
-    if error.mean() > SAME_DISTRIBUTION:
+    distance = F.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+    if distance.mean() > SAME_DISTRIBUTION:
         return f"{name}'s output follows from more than its last decoder layer"
     return None
 

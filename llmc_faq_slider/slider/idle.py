@@ -141,15 +141,14 @@ def idle_linears(
     groups: dict[str, dict[str, int]] = {}
     for name, count in counts.items():
         if expert := EXPERT.match(name):
-            reached = groups.setdefault(expert["group"], {})
-            number = expert["number"]
-            reached[number] = max(count, reached.get(number, 0))
-    reached = [list(group.values()) for group in groups.values()]
-    needed = [tokens_for_all(group, tokens) for group in reached if 0 in group]
+            most, number = groups.setdefault(expert["group"], {}), expert["number"]
+            most[number] = max(count, most.get(number, 0))
+    experts = [list(group.values()) for group in groups.values()]
+    needed = [tokens_for_all(group, tokens) for group in experts if 0 in group]
     return Idle(
         idle,
-        sum(group.count(0) for group in reached),
-        sum(map(len, reached)),
+        sum(group.count(0) for group in experts),
+        sum(map(len, experts)),
         sum(weights[name] for name in idle) / sum(weights.values()),
         max(needed, default=None),
     )

@@ -140,10 +140,10 @@ def test_windows_survive_a_closing_pass_that_fails(named, small_model, tmp_path)
     data = calibration_set(small_model, 4)
     given = {"checkpoint_dir": str(tmp_path)} if named else {}
     model = load(small_model)
+    # The dry pass runs the model and tries its head before the closing pass begins.
     broken = iter([False] * 2)
 
     def fails_late(_module, args):
-        # The head reads the dry pass and is tried out, then the closing pass begins.
         if next(broken, True):
             raise RuntimeError("no kernel for this head")
 
