@@ -57,7 +57,8 @@ def decoder_layers(
     if isinstance(model, PreTrainedModel):
         language = set(model.get_decoder().modules())
         layers = [one for one in layers if one[1] in language] or layers
-    return layers
+    inner = {m for _, layer in layers for m in layer.modules() if m is not layer}
+    return [one for one in layers if one[1] not in inner]
 
 
 def split_targets(

@@ -20,6 +20,7 @@ __all__ = [
 
 # Squared error relative to the square, far above rounding.
 SAME_OUTPUT = 1e-2
+FEW_ROUNDINGS = 8
 
 #: positional and keyword arguments of a decoder layer beside its hidden states
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,18 +34,11 @@ def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ..
     return rest.pop("hidden_states"), ((), rest)
 
 
-def fresh(arguments: Arguments, without: bool = False) -> Arguments:
-    """
-    The same arguments with mappings of their own, in which what a layer leaves for
-    others is lost.
-
-    :param without: mappings are None
-    """
+def fresh(arguments: Arguments) -> Arguments:
+    """The same with mappings of their own, in which what layers leave is lost."""
 
     def own(value: Any) -> Any:
-        if isinstance(value, MutableMapping):
-            return None if without else copy(value)
-        return value
+        return copy(value) if isinstance(value, MutableMapping) else value
 
     args, kwargs = arguments
     return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
@@ -67,10 +61,19 @@ def same_arguments(before: Any, now: Any) -> bool:
     return not isinstance(now, Tensor)
 
 
-def same_output(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are of one computation, but for rounding."""
-    error = (one.float() - other.float()).square().sum()
-    return bool(error <= SAME_OUTPUT * other.float().square().sum())
+def same_output(one: Tensor, other: Tensor, exactly: bool = False) -> bool:
+    """
+    Whether two outputs are of one computation.
+
+    :param exactly: they may differ by a few roundings of their dtype, not by those of
+        many products
+    """
+    other = other.float()
+    error = one.float() - other
+    if exactly:
+        eps = torch.finfo(one.dtype).eps
+        return bool(error.abs().max() <= FEW_ROUNDINGS * eps * other.abs().max())
+    return bool(error.square().sum() <= SAME_OUTPUT * other.square().sum())
 
 
 @contextmanager

@@ -132,6 +132,14 @@ def test_layers_of_the_language_model_only():
     assert names == [f"model.language_model.layers.{i}" for i in range(2)]
 
 
+def test_layers_inside_layers_are_none():
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2
+    )
+    names = [name for name, _ in decoder_layers(built(config))]
+    assert names == [f"backbone.layers.{i}" for i in range(2)]
+
+
 def test_layers_that_text_does_not_reach_are_refused():
     model = built(MODELS["a vision tower"])
     blocks = list(model.model.vision_tower.modules())
