@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from llmc_faq_slider.files import cache_folder
@@ -90,6 +91,7 @@ def take_up(
     :param outputs: full-precision output of the last layer per row
     """
     assert saved.progress is not None
+    logger.info(f"SliderQuant: going on from {saved.folder}, all windows finished")
     record = saved.progress[COMMITTED]
     for index in record["layers"]:
         commits.restore(index, saved.tensors(_role(index)))

@@ -108,9 +108,13 @@ def versions() -> dict[str, str]:
 def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     with disable_onloading():
-        for name, weight in plain_weights(model):
-            digest.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}".encode())
-            digest.update(_bytes(weight))
+        stored = list(plain_weights(model))
+    for name, weight in stored:
+        digest.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}".encode())
+        if weight.device.type == "meta":  # it is on the disk
+            module, _, last = name.rpartition(".")
+            weight = getattr(model.get_submodule(module), last)
+        digest.update(_bytes(weight))
     return digest.hexdigest()
 
 

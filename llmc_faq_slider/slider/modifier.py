@@ -113,6 +113,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         - attach schemes to modules
     - on_calibration_start
         - read the calibration rows that stand at this point of the recipe
+        - run one through the whole model, and refuse what would end the run late
         - learn window after window, commit each layer after its last visit
         - check the result
     - on_calibration_end
@@ -138,8 +139,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param epochs: passes over the calibration rows per window, shared by its stages.
         More rows gain more than more passes (docs/experiments.md)
     :param closing_epochs: passes in which all scales are tuned together on the model's
-        next-token distribution, after the last window; 0 for none. A departure from the
-        paper
+        next-token distribution, after the last window; 0 for none, as for a model that
+        has no such distribution. A departure from the paper
     :param closing_lr: AdamW's first learning rate for the factors on the scales, in
         grid steps of a linear's largest code (2, 4 and 8 steps from zero at 2, 3 and 4
         bits): a rate that suits two bits would shake four-bit weights apart
@@ -174,7 +175,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param checkpoint_dir: folder in which a state is saved after every window and every
         epoch of the closing pass. The same command goes on from there after a kill, and
         ends with the same bits. None: that of the environment variable
-        LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved
+        LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved until the end fails
     :param strict: a result that fails a check fails the run; false makes warnings of
         these, listed in ``warnings``
     :param target: hardware that vLLM has to serve the checkpoint on, such as sm90 or
@@ -241,15 +242,16 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     @property
     def warnings(self) -> list[str]:
         """
-        Of the last run: windows and closing passes that kept their start or began anew,
-        and with ``strict: false`` what the checks of the result found.
+        Of the last run: idle experts, a closing pass that was left out, windows and
+        closing passes that kept their start or began anew, and with ``strict: false``
+        what the checks of the result found.
         """
         return self._outcome.warnings if self._outcome else []
 
     def report(self) -> dict[str, Any]:
         """
         The last run, JSON-like: rows, tokens, windows with their losses and seconds,
-        closing pass, warnings. Empty before a run.
+        closing pass, idle experts, warnings. Empty before a run.
         """
         return self._outcome.record() if self._outcome else {}
 

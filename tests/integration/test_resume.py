@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 import yaml
+from compressed_tensors.offload import load_offloaded_model
 from family import TESTS, calibration_set, load, quantize
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_faq_slider import SliderQuantModifier
 from llmc_faq_slider.host import postconditions
@@ -172,6 +174,27 @@ def test_windows_survive_a_closing_pass_that_fails(named, small_model, tmp_path)
     quantize(closed, three, dataset=data)
     assert three.report()["closing"] is not None
     assert three.results == two.results
+
+
+def test_weights_on_the_disk_are_the_same_run(small_model, tmp_path):
+    data = calibration_set(small_model, 4)
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    with load_offloaded_model():
+        model = AutoModelForCausalLM.from_pretrained(
+            small_model,
+            dtype=torch.bfloat16,
+            device_map="auto_offload",
+            max_memory={"cpu": 600_000},
+            offload_folder=folder,
+        )
+    first = stage(tmp_path / "state")
+    quantize(
+        model, first, dataset=data, tokenizer=AutoTokenizer.from_pretrained(small_model)
+    )
+    second = stage(tmp_path / "state")
+    quantize(load(small_model), second, dataset=data)
+    assert second.results == first.results
 
 
 def test_a_result_that_fails_a_check_is_kept(small_model, monkeypatch):
