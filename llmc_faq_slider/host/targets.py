@@ -33,6 +33,9 @@ class TargetedLayers:
         """Layers of a window, each with the formats of its linears."""
         return [(self.modules[i], self.grids.get(i, {})) for i in window.layers]
 
+    def by_name(self) -> dict[str, nn.Module]:
+        return dict(zip(self.names, self.modules, strict=True))
+
     def modules_by_layer(self) -> dict[int, dict[str, nn.Module]]:
         """Targeted linears by layer index and name within the layer."""
         return {

@@ -58,6 +58,7 @@ from llmc_faq_slider.slider.head import OutputHead, missing_distribution
 from llmc_faq_slider.slider.idle import find_idle
 from llmc_faq_slider.slider.interruption import stop_on_signals
 from llmc_faq_slider.slider.learner import (
+    Learned,
     LearningSettings,
     WindowResult,
     learn_windows,
@@ -65,7 +66,7 @@ from llmc_faq_slider.slider.learner import (
 )
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import row_limit
-from llmc_faq_slider.slider.outcome import Outcome, remarks
+from llmc_faq_slider.slider.outcome import Outcome, foreseen, remarks
 from llmc_faq_slider.slider.stream import capture_decoder, pass_rows
 from llmc_faq_slider.slider.windows import Window, window_schedule
 
@@ -329,17 +330,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             closes,
             device,
         )
-        said = []
-        if missing is not None:
-            said.append(
-                f"SliderQuant leaves out the closing pass, which compares next-token "
-                f"distributions: {missing}."
-            )
         idle = find_idle(calls, hidden, layers.modules_by_layer(), limit)
-        if idle is not None:
-            said.append(idle.sentence(sum(tokens.lengths)))
-        for sentence in said:
-            logger.warning(sentence)
+        said = foreseen(missing, idle, sum(tokens.lengths))
         fingerprint = run_fingerprint(model, self, rows, tokens.masks, windows, dtype)
         commits = LayerCommits(layers, closes)
         with ExitStack() as stack:
@@ -398,13 +390,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         self._outcome = Outcome(
             len(rows), sum(tokens.lengths), learned.windows, closing, said, idle
         )
-        named = dict(zip(layers.names, layers.modules, strict=True))
-        problems = [
-            *check_committed(layers.linears, commits.names()),
-            *check_finite(model),
-            *check_losses(learned.windows),
-            *check_folds(learned.fold_errors, named, hidden[0].dtype),
-        ]
+        problems = _problems(model, layers, commits, learned, hidden[0].dtype)
         if problems and self.strict:
             problems.append(keeping(closing, "strict: false"))
         self._outcome.warnings += conclude(problems, self.strict)
@@ -467,3 +453,23 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             compute_dtype=dtype,
             seed=self.seed,
         )
+
+
+def _problems(
+    model: nn.Module,
+    layers: TargetedLayers,
+    commits: LayerCommits,
+    learned: Learned,
+    dtype: torch.dtype,
+) -> list[str]:
+    """
+    What does not hold of the result.
+
+    :param dtype: of the hidden states
+    """
+    return [
+        *check_committed(layers.linears, commits.names()),
+        *check_finite(model),
+        *check_losses(learned.windows),
+        *check_folds(learned.fold_errors, layers.by_name(), dtype),
+    ]

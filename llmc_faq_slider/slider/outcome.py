@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
+from loguru import logger
+
 from llmc_faq_slider.slider.closing import ClosingResult
 from llmc_faq_slider.slider.idle import Idle
 from llmc_faq_slider.slider.learning_state import WindowResult
 
-__all__ = ["Outcome", "remarks"]
+__all__ = ["Outcome", "foreseen", "remarks"]
 
 
 @dataclass
@@ -40,6 +42,26 @@ class Outcome:
             "idle": None if self.idle is None else _idle(self.idle),
             "warnings": self.warnings,
         }
+
+
+def foreseen(missing: str | None, idle: Idle | None, tokens: int) -> list[str]:
+    """
+    Sentences on what is known before the first window, which are also logged.
+
+    :param missing: why there is no closing pass
+    :param tokens: that were given
+    """
+    said = []
+    if missing is not None:
+        said.append(
+            "SliderQuant leaves out the closing pass, which compares next-token "
+            f"distributions: {missing}."
+        )
+    if idle is not None:
+        said.append(idle.sentence(tokens))
+    for sentence in said:
+        logger.warning(sentence)
+    return said
 
 
 def remarks(windows: list[WindowResult], closing: ClosingResult | None) -> list[str]:

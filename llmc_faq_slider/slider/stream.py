@@ -144,7 +144,7 @@ def capture_decoder(
         finds, or if a layer is given anything else that depends on the tokens
     """
     check_rows(model, rows)
-    short = rows[0][:DRY_TOKENS].unsqueeze(0).to(device)
+    short = max(rows, key=len)[:DRY_TOKENS].unsqueeze(0).to(device)
     calls = DecoderCalls(
         model, layers, dry_pass(model, layers, short, linears or {}), device
     )
@@ -185,6 +185,7 @@ def _depends_on_tokens() -> ValueError:
     )
 
 
+@torch.no_grad()
 def pass_rows(
     calls: DecoderCalls, layers: range, rows: list[Tensor], size: int
 ) -> list[Tensor]:
