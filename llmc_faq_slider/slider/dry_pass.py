@@ -239,11 +239,12 @@ class _Trial:
             poison = module.__dict__.pop("weight")
             try:
                 output = forward(*args, **kwargs)
-                plain = type(module).forward is nn.Linear.forward
-                if not plain and not _is_linear(module, output, *args, **kwargs):
-                    self.unfit[name] = (
-                        f"is a {type(module).__name__}, which does more than multiply"
-                    )
+                if len(args) != 1 or kwargs:
+                    self.unfit[name] = "is called with more than its input"
+                elif type(module).forward is not nn.Linear.forward:
+                    if not _is_linear(module, args[0], output):
+                        kind = type(module).__name__
+                        self.unfit[name] = f"is a {kind}, which does more than multiply"
                 return output
             finally:
                 module.__dict__["weight"] = poison
@@ -262,14 +263,12 @@ class _Trial:
 
 
 @torch.no_grad()
-def _is_linear(module: nn.Module, output: Any, *args: Any, **kwargs: Any) -> bool:
+def _is_linear(module: nn.Module, states: Tensor, output: Any) -> bool:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    if len(args) != 1 or kwargs or not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or states.shape[-1] != weight.shape[-1]:
         return False
-    if args[0].shape[-1] != weight.shape[-1]:
-        return False
-    expected = F.linear(args[0], weight, bias)  # type: ignore[arg-type]
+    expected = F.linear(states, weight, bias)  # type: ignore[arg-type]
     return output.shape == expected.shape and same_output(output, expected)
 
 

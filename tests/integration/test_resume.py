@@ -216,14 +216,15 @@ def test_a_result_that_fails_a_check_is_kept(small_model, monkeypatch):
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_gradients_that_the_caller_switched_off(off, small_model):
+def test_gradients_that_the_caller_switched_off(off, small_model, tmp_path):
     data = calibration_set(small_model, 4)
+
+    def saved(name):
+        one, folder = SliderQuantModifier(**FIELDS), tmp_path / name
+        quantize(load(small_model), one, dataset=data, output_dir=str(folder))
+        return (folder / "model.safetensors").read_bytes()
+
     with off():
-        model = load(small_model)
-        one = SliderQuantModifier(**FIELDS)
-        quantize(model, one, dataset=data)
+        found = saved("off")
         assert not torch.is_grad_enabled()
-    expected = SliderQuantModifier(**FIELDS)
-    quantize(load(small_model), expected, dataset=data)
-    assert [r.loss for r in one.results] == [r.loss for r in expected.results]
-    assert one.report()["closing"] == expected.report()["closing"]
+    assert found == saved("on")

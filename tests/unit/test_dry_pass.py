@@ -182,6 +182,16 @@ def test_linears_that_do_more_than_multiply_are_named(model):
     capture_decoder(model, layers, rows_of([8]), CPU)
 
 
+def test_linears_that_are_called_by_keyword_are_named(model):
+    layers = list(model.model.layers)
+    mlp = layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(input=mlp.up_proj(x))
+    with pytest.raises(
+        ValueError, match="down_proj of layer 1 is called with more tha"
+    ):
+        capture_decoder(model, layers, rows_of([8]), CPU, linears_of(layers))
+
+
 def test_layers_that_cannot_be_differentiated_are_refused(model):
     class Opaque(torch.autograd.Function):
         @staticmethod
