@@ -290,8 +290,10 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         tokens = self._tokens(rows, masks)
         served = targeted_layers(model, self, self._sequential_targets)
         layers = served.for_learning(self.quantized_inputs)
+        device = get_main_device()
+        dtype = product_dtype(self.compute_dtype, device)
         with unquantized(model):
-            self._learn(model, served, layers, rows, tokens)
+            self._learn(model, served, layers, rows, tokens, device, dtype)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.end_calibration(state.model)
@@ -307,6 +309,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         layers: TargetedLayers,
         rows: list[Tensor],
         tokens: CountedTokens,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """
         Windows, then the closing pass; both commit what they learn, and it is checked.
@@ -314,8 +318,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         :param served: layers with the number formats of the checkpoint
         :param layers: the same with those that are learned on
         """
-        device = get_main_device()
-        dtype = product_dtype(self.compute_dtype, device)
         hidden, calls = capture_decoder(
             model, layers.modules, rows, device, layers.modules_by_layer()
         )
