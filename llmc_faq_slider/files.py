@@ -18,8 +18,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 __all__ = [
+    "CACHE_VARIABLE",
     "FolderBusyError",
     "FolderError",
+    "cache_folder",
     "check_room",
     "exclusive",
     "file_hash",
@@ -29,8 +31,16 @@ __all__ = [
     "writing",
 ]
 
+CACHE_VARIABLE = "LLMC_FAQ_SLIDER_CACHE"
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def cache_folder(name: str) -> Path:
+    """Folder for files of one kind that no user has named."""
+    base = os.environ.get(CACHE_VARIABLE) or "~/.cache/llmc_faq_slider"
+    return Path(base, name).expanduser()
 
 
 class FolderError(OSError):

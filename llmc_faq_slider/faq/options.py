@@ -28,8 +28,7 @@ from llmc_faq_slider.faq.settings import (
     Selector,
     Settings,
 )
-
-CACHE_VARIABLE = "LLMC_FAQ_SLIDER_CACHE"
+from llmc_faq_slider.files import CACHE_VARIABLE
 
 
 class FAQOptions(BaseModel):

@@ -7,7 +7,7 @@ modifiers; in the default pipeline only the running one while it runs).
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from typing import NamedTuple
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -115,15 +115,41 @@ def check_patterns(stage: QuantizationMixin) -> None:
                 ) from error
 
 
-def outside_layers(outside: Sequence[str]) -> str | None:
-    """A sentence on targeted linears that lie outside the decoder layers, if any."""
+def outside_layers(outside: Sequence[str], layers: Sequence[str]) -> str | None:
+    """
+    A sentence on targeted linears that lie outside the decoder layers, if any.
+
+    :param layers: names of the decoder layers
+    """
     if not outside:
         return None
+    paths = {tuple(name.split(".")) for name in layers}
+    within: dict[str, list[str]] = {}
+    for name in outside:
+        parts = name.split(".")
+        shared = max(_shared(parts, path) for path in paths)
+        within.setdefault(".".join(parts[: shared + 1]), []).append(name)
+    found = [
+        one if one == names[0] else f"{one} ({len(names)} linears)"
+        for one, names in within.items()
+    ]
+    patterns = [
+        one if one == names[0] else f"re:.*{one.rpartition('.')[2]}.*"
+        for one, names in within.items()
+    ]
+    listed = ", ".join(f'"{pattern}"' for pattern in patterns)
+    if patterns == list(outside):
+        listed = "it" if len(outside) == 1 else "them"
     return (
         "SliderQuant quantises linears inside the decoder layers; the targets "
-        f"also match {', '.join(outside)}. Add "
-        f"{'it' if len(outside) == 1 else 'them'} to ignore."
+        f"also match {', '.join(found)}. Add {listed} to ignore."
     )
+
+
+def _shared(parts: Sequence[str], path: Sequence[str]) -> int:
+    """Leading parts that two names have in common."""
+    pairs = zip(parts, path, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def check_other_stages(model: nn.Module, stage: Modifier) -> None:

@@ -4,6 +4,8 @@ Private upstream API: none. ``update_offload_parameter`` and ``quantize`` /
 ``dequantize`` are public functions of compressed-tensors.
 """
 
+from collections.abc import Mapping
+
 import torch
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs
@@ -16,6 +18,8 @@ from llmc_faq_slider.slider.tuned_linear import TunedLinear
 
 __all__ = ["LayerCommits", "commit_layer", "commit_linear"]
 
+WRITTEN = ("weight", "weight_scale", "weight_zero_point")
+
 
 class LayerCommits:
     """
@@ -23,6 +27,8 @@ class LayerCommits:
 
     :param layers: those it is to write
     :param keeps_codes: a closing pass follows, which tunes ``tuned``
+
+    ``touched`` are the names within each layer of the tensors that were written.
     """
 
     def __init__(self, layers: TargetedLayers, keeps_codes: bool):
@@ -30,17 +36,49 @@ class LayerCommits:
         self.keeps_codes = keeps_codes
         self.written: set[nn.Module] = set()
         self.tuned: dict[int, dict[str, TunedLinear]] = {}
+        self.touched: dict[int, list[str]] = {}
 
     def layer(self, index: int, folded: FoldedLayer) -> None:
         """Write what the windows learned of a layer."""
-        layer, grids = self.layers.modules[index], self.layers.grids[index]
+        layer = self.layers.modules[index]
         commit_layer(layer, folded)
-        self.written.update(layer.get_submodule(name) for name in folded.linears)
+        self.touched[index] = [
+            f"{name}.{tensor}"
+            for name, linear in folded.linears.items()
+            for tensor in (*WRITTEN, *(["bias"] if linear.bias is not None else []))
+        ] + [f"{name}.weight" for name in folded.norms]
+        self._note(index, folded.linears)
+
+    def _note(self, index: int, linears: Mapping[str, FoldedLinear]) -> None:
+        layer, grids = self.layers.modules[index], self.layers.grids[index]
+        self.written.update(layer.get_submodule(name) for name in linears)
         if self.keeps_codes:
             self.tuned[index] = {
                 name: TunedLinear(layer.get_submodule(name), grids[name], linear)
-                for name, linear in folded.linears.items()
+                for name, linear in linears.items()
             }
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """What was written into a layer, by name within it."""
+        layer = self.layers.modules[index]
+        return {name: _tensor(layer, name).detach() for name in self.touched[index]}
+
+    def restore(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write what :meth:`tensors` gave."""
+        layer = self.layers.modules[index]
+        for name, tensor in tensors.items():
+            module, _, last = name.rpartition(".")
+            update_offload_parameter(layer.get_submodule(module), last, tensor)
+        self.touched[index] = [*tensors]
+        linears = {}
+        for name, grids in self.layers.grids[index].items():
+            weight, scale, zero_point = (
+                _tensor(layer, f"{name}.{last}").detach().float() for last in WRITTEN
+            )
+            linears[name] = FoldedLinear(
+                weight, None, scale, None if grids.weight.symmetric else zero_point
+            )
+        self._note(index, linears)
 
     def tuned_scales(self) -> None:
         """Write what the closing pass made of the scales."""
@@ -51,6 +89,13 @@ class LayerCommits:
     def names(self) -> set[str]:
         """Targeted linears that were written, by name in the model."""
         return {n for n, m in self.layers.linears.items() if m in self.written}
+
+
+def _tensor(layer: nn.Module, name: str) -> Tensor:
+    module, _, last = name.rpartition(".")
+    found = getattr(layer.get_submodule(module), last)
+    assert isinstance(found, Tensor)
+    return found
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from llmcompressor.utils.helpers import DisableQuantization
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmc_faq_slider.slider.head import frozen
 from llmc_faq_slider.slider.loss import CountedTokens
@@ -34,7 +35,8 @@ def decoder_layers(
     model: nn.Module, sequential_targets: str | list[str] | None = None
 ) -> list[tuple[str, nn.Module]]:
     """
-    Name and module of every decoder layer, in order.
+    Name and module of every decoder layer, in order; of a model that sees or hears as
+    well, those of its language model.
 
     :param sequential_targets: class names given to ``oneshot``, None for the model's
     :raises ValueError: if the model names no decoder layers
@@ -52,7 +54,11 @@ def decoder_layers(
             f"is of class {', '.join(sorted(classes))}. Name the decoder layer class "
             'with oneshot(sequential_targets=["..."]).'
         )
-    return layers
+    if isinstance(model, PreTrainedModel):
+        language = set(model.get_decoder().modules())
+        layers = [one for one in layers if one[1] in language] or layers
+    inner = {m for _, layer in layers for m in layer.modules() if m is not layer}
+    return [one for one in layers if one[1] not in inner]
 
 
 def split_targets(

@@ -44,8 +44,9 @@ def check_model(
         try:
             targeted = targeted_linears(model, stage)
             if isinstance(stage, SliderQuantModifier):
-                _, outside = split_targets(decoder_layers(model), targeted)
-                sentence = outside_layers(outside)
+                layers = decoder_layers(model)
+                _, outside = split_targets(layers, targeted)
+                sentence = outside_layers(outside, [name for name, _ in layers])
                 if sentence:
                     raise ValueError(sentence)
         except ValueError as error:

@@ -22,7 +22,6 @@ __all__ = [
     "check_finite",
     "check_folds",
     "check_losses",
-    "check_seen",
     "check_weights",
     "conclude",
 ]
@@ -148,39 +147,26 @@ def check_losses(results: list[WindowResult]) -> list[str]:
 
 
 def check_folds(
-    errors: Mapping[int, float], names: list[str], dtype: torch.dtype
+    errors: Mapping[int, float], layers: Mapping[str, nn.Module], dtype: torch.dtype
 ) -> list[str]:
     """
     Layers whose committed weights do not compute what was trained.
 
     :param errors: relative to the output's square, by layer index
-    :param names: of all layers
-    :param dtype: of the hidden states
+    :param layers: all of them by name, in order
+    :param dtype: of the hidden states; a layer's weights may have fewer digits
     """
-    tolerance = TOLERANCE[dtype]
-    return [
-        f"{names[index]} as committed differs from what was trained: relative squared "
-        f"error of its output {error:.2e}, at most {tolerance:.0e} is rounding."
-        for index, error in errors.items()
-        if not error <= tolerance
-    ]
-
-
-def check_seen(unseen: list[str], names: list[str]) -> list[str]:
-    """
-    Linears, such as those of experts, that no calibration token reached.
-
-    :param unseen: ``<layer index>.<name>``
-    :param names: of all layers
-    """
-    if not unseen:
-        return []
-    parts = [one.partition(".") for one in unseen]
-    found = [f"{names[int(index)]}.{name}" for index, _, name in parts]
-    return [
-        f"No calibration token reached {len(found)} linears: {_listed(found)}. Give "
-        "more or more varied calibration data, or put them in ignore."
-    ]
+    problems = []
+    for index, error in errors.items():
+        name, layer = list(layers.items())[index]
+        kept = {dtype} | {parameter.dtype for parameter in layer.parameters()}
+        tolerance = max(TOLERANCE.get(one, 0.0) for one in kept)
+        if not error <= tolerance:
+            problems.append(
+                f"{name} as committed differs from what was trained: relative squared "
+                f"error of its output {error:.2e}, at most {tolerance:.0e} is rounding."
+            )
+    return problems
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -31,8 +31,18 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-# Fields that say how a run is done, not what comes out of it.
-WITHOUT_EFFECT = {"checkpoint_dir", "strict", "target", "index", "group"}
+# Fields that do not change what the windows learn: how a run is done, the closing pass,
+# which keeps its own with its state, and what only sets other fields.
+WITHOUT_EFFECT = {
+    "checkpoint_dir",
+    "strict",
+    "target",
+    "index",
+    "group",
+    "closing_epochs",
+    "closing_lr",
+    "preset",
+}
 
 
 def stage_position(stage: Modifier) -> int:
@@ -98,9 +108,13 @@ def versions() -> dict[str, str]:
 def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     with disable_onloading():
-        for name, weight in plain_weights(model):
-            digest.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}".encode())
-            digest.update(_bytes(weight))
+        stored = list(plain_weights(model))
+    for name, weight in stored:
+        digest.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}".encode())
+        if weight.device.type == "meta":  # it is on the disk
+            module, _, last = name.rpartition(".")
+            weight = getattr(model.get_submodule(module), last)
+        digest.update(_bytes(weight))
     return digest.hexdigest()
 
 

@@ -33,6 +33,16 @@ class TargetedLayers:
         """Layers of a window, each with the formats of its linears."""
         return [(self.modules[i], self.grids.get(i, {})) for i in window.layers]
 
+    def by_name(self) -> dict[str, nn.Module]:
+        return dict(zip(self.names, self.modules, strict=True))
+
+    def modules_by_layer(self) -> dict[int, dict[str, nn.Module]]:
+        """Targeted linears by layer index and name within the layer."""
+        return {
+            index: {name: self.modules[index].get_submodule(name) for name in names}
+            for index, names in self.grids.items()
+        }
+
     def for_learning(self, quantized_inputs: bool | Literal["auto"]) -> Self:
         """
         The same layers; inputs that windows are not to learn on have no format.
@@ -67,7 +77,7 @@ def targeted_layers(
     linears = targeted_linears(model, stage)
     inside, outside = split_targets(layers, linears)
     if outside:
-        raise ValueError(outside_layers(outside))
+        raise ValueError(outside_layers(outside, [name for name, _ in layers]))
     return TargetedLayers(
         [name for name, _ in layers],
         [layer for _, layer in layers],

@@ -64,6 +64,11 @@ class ClosingSettings:
     compute_dtype: torch.dtype
     seed: int
 
+    @property
+    def plan(self) -> dict[str, float]:
+        """What a saved state must agree with, beside what windows must."""
+        return {"epochs": self.epochs, "learning_rate": self.learning_rate}
+
 
 @dataclass
 class ClosingResult:
@@ -121,7 +126,10 @@ class _ScaleTuning:
         schedule = linear_decay(optimizer, len(batches))
         half = self.hidden[0].dtype == torch.float16
         scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        done = restore_steps(saved, attempt, self.factors, optimizer, schedule, scaler)
+        plan = self.settings.plan
+        done = restore_steps(
+            saved, plan, attempt, self.factors, optimizer, schedule, scaler
+        )
         with tqdm(total=len(batches), unit="step", desc="SliderQuant closing") as bar:
             bar.update(done)
             for number, rows in enumerate(batches[done:], start=done + 1):
@@ -134,7 +142,9 @@ class _ScaleTuning:
                 stopping = stop is not None and stop.requested
                 epoch_ends = number % (len(batches) // epochs) == 0
                 if saved is not None and (stopping or epoch_ends):
-                    save_steps(saved, attempt, number, self.factors, optimizer, scaler)
+                    save_steps(
+                        saved, plan, attempt, number, self.factors, optimizer, scaler
+                    )
                 if stop is not None and stopping:
                     say_stopped(stop, saved, number, len(batches))
                     raise stop.exit()
@@ -226,7 +236,7 @@ def tune_scales(
             }
             stack.enter_context(replaced_forwards(forwards))
         start_loss = tuning.judge()
-        for attempt in range(saved_attempt(saved), RETRIES + 1):
+        for attempt in range(saved_attempt(saved, settings.plan), RETRIES + 1):
             finite = tuning.descend(attempt, saved, stop)
             loss = tuning.judge() if finite else nan
             if isfinite(loss):

@@ -1,5 +1,7 @@
 """What a closing pass saves between two steps, and how it is taken up again."""
 
+from typing import Any
+
 import torch
 from loguru import logger
 from torch import Tensor
@@ -12,15 +14,26 @@ __all__ = ["restore_steps", "save_steps", "saved_attempt", "say_stopped"]
 
 CLOSING = "closing"
 
+#: epochs and first learning rate
+Plan = dict[str, float]
 
-def saved_attempt(saved: Checkpoint | None) -> int:
-    """The attempt that a saved state is in."""
+
+def saved_attempt(saved: Checkpoint | None, plan: Plan) -> int:
+    """The attempt that a saved state of the same plan is in."""
+    where = _where(saved, plan)
+    return 0 if where is None else where["attempt"]
+
+
+def _where(saved: Checkpoint | None, plan: Plan) -> dict[str, Any] | None:
+    """Place of a saved state in a pass of the same plan; others do not count."""
     progress = saved.progress if saved is not None else None
-    return progress[CLOSING]["attempt"] if progress and CLOSING in progress else 0
+    where = (progress or {}).get(CLOSING)
+    return where if where is not None and where.get("plan") == plan else None
 
 
 def save_steps(
     saved: Checkpoint,
+    plan: Plan,
     attempt: int,
     step: int,
     factors: list[Tensor],
@@ -33,13 +46,19 @@ def save_steps(
     }
     for name, tensor in optimizer_tensors(optimizer).items():
         tensors[f"optimizer.{name}"] = tensor
-    where = {"attempt": attempt, "step": step, "scaler": scaler.state_dict()}
+    where = {
+        "plan": plan,
+        "attempt": attempt,
+        "step": step,
+        "scaler": scaler.state_dict(),
+    }
     saved.save({**(saved.progress or {}), CLOSING: where}, {CLOSING: tensors})
 
 
 @torch.no_grad()
 def restore_steps(
     saved: Checkpoint | None,
+    plan: Plan,
     attempt: int,
     factors: list[Tensor],
     optimizer: torch.optim.Optimizer,
@@ -47,10 +66,11 @@ def restore_steps(
     scaler: torch.amp.GradScaler,
 ) -> int:
     """Take up a saved state of the same attempt; the steps it has done."""
-    if saved is None or CLOSING not in saved or saved_attempt(saved) != attempt:
+    where = _where(saved, plan)
+    if where is None or where["attempt"] != attempt:
         return 0
-    assert saved.progress is not None
-    where, tensors = saved.progress[CLOSING], saved.tensors(CLOSING)
+    assert saved is not None
+    tensors = saved.tensors(CLOSING)
     for number, factor in enumerate(factors):
         factor.copy_(tensors[f"factor.{number}"])
     states = {

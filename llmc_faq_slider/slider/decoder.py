@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
 
 from llmc_faq_slider.slider.loss import CountedTokens, token_errors
 from llmc_faq_slider.slider.memory import RowLimit
-from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
+from llmc_faq_slider.slider.stream import DecoderCalls, pass_rows
 from llmc_faq_slider.slider.student import FoldedLayer, LinearGrids, StudentLayer
 from llmc_faq_slider.slider.windows import Window
 
@@ -39,7 +38,6 @@ class Decoder:
     :param tokens: which tokens' errors count
     :param limit: rows per forward pass
     :param importance: mean square of each input channel, by layer and name of linear
-    :param unseen: linears that no calibration token reached, ``<layer>.<name>``
     :param full_precision: target of the window at hand, by row
     :param quantized: its input, by row
     :param visited: layers that ``full_precision`` has passed
@@ -53,7 +51,6 @@ class Decoder:
     limit: RowLimit
     students: dict[int, StudentLayer] = field(default_factory=dict)
     importance: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
     full_precision: list[Tensor] = field(default_factory=list)
     quantized: list[Tensor] = field(default_factory=list)
     visited: int = 0
@@ -64,10 +61,6 @@ class Decoder:
 
     def batch(self, rows: list[Tensor], indices: list[int]) -> Tensor:
         return torch.cat([rows[i] for i in indices]).to(self.device)
-
-    def all_batches(self) -> list[list[int]]:
-        order = [*range(len(self.lengths))]
-        return list(row_batches(self.lengths, self.limit.rows, order))
 
     def window_students(self, window: Window) -> list[StudentLayer]:
         return [self.students[i] for i in window.layers if i in self.students]
@@ -126,12 +119,6 @@ class Decoder:
                 )
         for index in new:
             found = {name: inputs[index, name] for name in self.grids[index]}
-            unseen = [
-                f"{index}.{name}" for name, one in found.items() if not one.tokens
-            ]
-            if unseen:
-                logger.warning(f"No calibration token reached {', '.join(unseen)}.")
-            self.unseen += unseen
             importance = {name: one.mean() for name, one in found.items()}
             self.add_student(index, importance)
 
@@ -167,12 +154,7 @@ class Decoder:
         return token_errors(self.calls.run(index, hidden), trained).mean().item()
 
     def _through(self, layers: range, rows: list[Tensor]) -> list[Tensor]:
-        results = list(rows)
-        for batch in self.all_batches():
-            output = self.calls.run_span(layers, self.batch(rows, batch)).cpu()
-            for row, index in enumerate(batch):
-                results[index] = output[row : row + 1]
-        return results
+        return pass_rows(self.calls, layers, rows, self.limit.rows)
 
 
 class _InputSquares:

@@ -142,7 +142,7 @@ class _Walk:
             if settings.stage_order == "window"
             else [[ratio] for ratio in ratios]
         )
-        self.progress = Progress(0, 0, decoder.limit.rows, [], [])
+        self.progress = Progress(0, 0, decoder.limit.rows, [])
         self.unfinished: Unfinished | None = None
         self.fold_errors: dict[int, float] = {}
 
@@ -168,12 +168,7 @@ class _Walk:
                         self._learn(sweep, number, bar)
                     self._move_on(sweep, number)
         progress = self.progress
-        return Learned(
-            progress.results,
-            self.decoder.full_precision,
-            self.fold_errors,
-            progress.unseen,
-        )
+        return Learned(progress.results, self.decoder.full_precision, self.fold_errors)
 
     def _begin(self) -> None:
         """Take up the saved state, or save the first, before there is work to lose."""
@@ -185,7 +180,6 @@ class _Walk:
             return
         self.progress = Progress.read(record)
         self.decoder.limit.rows = self.progress.rows
-        self.decoder.unseen = self.progress.unseen
         if UNFINISHED in record:
             self.unfinished = Unfinished(**record[UNFINISHED])
             self.unfinished.tensors = self.saved.tensors(UNFINISHED)
@@ -246,7 +240,7 @@ class _Walk:
         self._save(window)
 
     def _save(self, window: Window) -> None:
-        self._note_decoder()
+        self.progress.rows = self.decoder.limit.rows
         if self.saved is None:
             return
         tensors = {
@@ -263,17 +257,13 @@ class _Walk:
             logger.warning(f"{message}. Without checkpoint_dir nothing was saved.")
             return
         # Layers that the window is the first to visit start from the data again.
-        self._note_decoder()
+        self.progress.rows = self.decoder.limit.rows
         tensors = {UNFINISHED: unfinished.tensors}
         self.saved.save(self.progress.record(unfinished), tensors)
         logger.warning(
             f"{message}, after step {unfinished.step}. Run the same command again to "
             f"go on from there; the state is in {self.saved.folder}."
         )
-
-    def _note_decoder(self) -> None:
-        self.progress.rows = self.decoder.limit.rows
-        self.progress.unseen = sorted(set(self.decoder.unseen))
 
     def _move_on(self, sweep: int, number: int) -> None:
         """The quantised stream passes the layers that no later window visits."""

@@ -113,13 +113,11 @@ class Learned:
     :param outputs: full-precision output of the last layer per row
     :param fold_errors: how far each committed layer's output is from the student's,
         relative to its square
-    :param unseen: linears that no calibration token reached, ``<layer>.<name>``
     """
 
     windows: list[WindowResult]
     outputs: list[Tensor]
     fold_errors: dict[int, float] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -136,7 +134,6 @@ class Progress:
     windows: int
     rows: int
     results: list[WindowResult]
-    unseen: list[str]
 
     def record(self, unfinished: Unfinished | None = None) -> dict[str, Any]:
         """JSON-like; tensors are saved apart from it."""
@@ -151,13 +148,7 @@ class Progress:
             WindowResult(**(result | {"window": Window(**result["window"])}))
             for result in record["results"]
         ]
-        return cls(
-            record["sweep"],
-            record["windows"],
-            record["rows"],
-            results,
-            record["unseen"],
-        )
+        return cls(record["sweep"], record["windows"], record["rows"], results)
 
 
 def layer_role(index: int) -> str:

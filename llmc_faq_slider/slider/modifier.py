@@ -1,6 +1,7 @@
 """``SliderQuantModifier``: sliding-window learned quantisation as a recipe stage."""
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,14 +27,15 @@ from llmc_faq_slider.host.decoder import (
     counted_tokens,
     unquantized,
 )
+from llmc_faq_slider.host.gradients import learnable_weights, with_gradients
 from llmc_faq_slider.host.grids import needs_pack_quantized
 from llmc_faq_slider.host.group_sizes import check_group_sizes
+from llmc_faq_slider.host.kept_state import holds_committed, keep, take_up
 from llmc_faq_slider.host.postconditions import (
     check_committed,
     check_finite,
     check_folds,
     check_losses,
-    check_seen,
     check_weights,
     conclude,
 )
@@ -47,13 +49,13 @@ from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
 from llmc_faq_slider.slider.checkpoint import open_checkpoint
 from llmc_faq_slider.slider.closing import (
-    ClosingResult,
     ClosingSettings,
     tune_scales,
 )
 from llmc_faq_slider.slider.compute import ComputeDtype, product_dtype
 from llmc_faq_slider.slider.end_windows import end_windows
-from llmc_faq_slider.slider.head import OutputHead
+from llmc_faq_slider.slider.head import OutputHead, missing_distribution
+from llmc_faq_slider.slider.idle import find_idle
 from llmc_faq_slider.slider.interruption import stop_on_signals
 from llmc_faq_slider.slider.learner import (
     Learned,
@@ -64,8 +66,8 @@ from llmc_faq_slider.slider.learner import (
 )
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import row_limit
-from llmc_faq_slider.slider.outcome import Outcome, remarks
-from llmc_faq_slider.slider.stream import capture_decoder
+from llmc_faq_slider.slider.outcome import Outcome, foreseen, remarks
+from llmc_faq_slider.slider.stream import capture_decoder, pass_rows
 from llmc_faq_slider.slider.windows import Window, window_schedule
 
 __all__ = ["SliderQuantModifier"]
@@ -112,6 +114,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         - attach schemes to modules
     - on_calibration_start
         - read the calibration rows that stand at this point of the recipe
+        - run one through the whole model, and refuse what would end the run late
         - learn window after window, commit each layer after its last visit
         - check the result
     - on_calibration_end
@@ -137,8 +140,8 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param epochs: passes over the calibration rows per window, shared by its stages.
         More rows gain more than more passes (docs/experiments.md)
     :param closing_epochs: passes in which all scales are tuned together on the model's
-        next-token distribution, after the last window; 0 for none. A departure from the
-        paper
+        next-token distribution, after the last window; 0 for none, as for a model that
+        has no such distribution. A departure from the paper
     :param closing_lr: AdamW's first learning rate for the factors on the scales, in
         grid steps of a linear's largest code (2, 4 and 8 steps from zero at 2, 3 and 4
         bits): a rate that suits two bits would shake four-bit weights apart
@@ -173,7 +176,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param checkpoint_dir: folder in which a state is saved after every window and every
         epoch of the closing pass. The same command goes on from there after a kill, and
         ends with the same bits. None: that of the environment variable
-        LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved
+        LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved until the end fails
     :param strict: a result that fails a check fails the run; false makes warnings of
         these, listed in ``warnings``
     :param target: hardware that vLLM has to serve the checkpoint on, such as sm90 or
@@ -229,6 +232,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
 
     _sequential_targets: str | list[str] | None = PrivateAttr(default=None)
     _folder: Path | None = PrivateAttr(default=None)
+    _position: int = PrivateAttr(default=1)
     _outcome: Outcome | None = PrivateAttr(default=None)
 
     @property
@@ -239,15 +243,16 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     @property
     def warnings(self) -> list[str]:
         """
-        Of the last run: windows and closing passes that kept their start or began anew,
-        and with ``strict: false`` what the checks of the result found.
+        Of the last run: idle experts, a closing pass that was left out, windows and
+        closing passes that kept their start or began anew, and with ``strict: false``
+        what the checks of the result found.
         """
         return self._outcome.warnings if self._outcome else []
 
     def report(self) -> dict[str, Any]:
         """
         The last run, JSON-like: rows, tokens, windows with their losses and seconds,
-        closing pass, warnings. Empty before a run.
+        closing pass, idle experts, warnings. Empty before a run.
         """
         return self._outcome.record() if self._outcome else {}
 
@@ -260,51 +265,35 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
                 scheme.format = "pack-quantized"
         return config
 
+    @with_gradients
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         check_learning_stage(self, self.window_size, self.window_stride)
         check_serving(self, self.target)
         check_other_stages(state.model, self)
         check_weights(state.model)
-        self._folder = stage_folder(self.checkpoint_dir, stage_position(self))
+        self._position = stage_position(self)
+        self._folder = stage_folder(self.checkpoint_dir, self._position)
         self._sequential_targets = kwargs.get("sequential_targets")
         check_group_sizes(self, state.model)
         self.initialize_quantization(state.model)
         targeted_layers(state.model, self, self._sequential_targets)
         return True
 
+    @with_gradients
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         check_turn(self)
         check_data(state)
         check_weights(state.model)
         model: nn.Module = state.model
+        learnable_weights(model)
         rows, masks = calibration_samples(state.data.calib)
         tokens = self._tokens(rows, masks)
         served = targeted_layers(model, self, self._sequential_targets)
         layers = served.for_learning(self.quantized_inputs)
-        commits = LayerCommits(layers, self.closing_epochs > 0)
+        device = get_main_device()
+        dtype = product_dtype(self.compute_dtype, device)
         with unquantized(model):
-            windows = self._windows(model, served, rows)
-            learned, closing = self._learn(
-                model, layers, windows, commits, rows, tokens
-            )
-        self._outcome = Outcome(
-            len(rows),
-            sum(tokens.lengths),
-            learned.windows,
-            closing,
-            remarks(learned.windows, closing),
-        )
-        dtype = learned.outputs[0].dtype
-        self._outcome.warnings += conclude(
-            [
-                *check_committed(layers.linears, commits.names()),
-                *check_finite(model),
-                *check_losses(learned.windows),
-                *check_folds(learned.fold_errors, layers.names, dtype),
-                *check_seen(learned.unseen, layers.names),
-            ],
-            self.strict,
-        )
+            self._learn(model, served, layers, rows, tokens, device, dtype)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.end_calibration(state.model)
@@ -316,66 +305,97 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     def _learn(
         self,
         model: nn.Module,
+        served: TargetedLayers,
         layers: TargetedLayers,
-        windows: list[Window],
-        commits: LayerCommits,
         rows: list[Tensor],
         tokens: CountedTokens,
-    ) -> tuple[Learned, ClosingResult | None]:
-        """Windows, then the closing pass; both commit what they learn."""
-        device = get_main_device()
-        dtype = product_dtype(self.compute_dtype, device)
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Windows, then the closing pass; both commit what they learn, and it is checked.
+
+        :param served: layers with the number formats of the checkpoint
+        :param layers: the same with those that are learned on
+        """
+        hidden, calls = capture_decoder(
+            model, layers.modules, rows, device, layers.modules_by_layer()
+        )
+        windows = self._windows(model, served, rows)
+        missing = missing_distribution(model, calls) if self.closing_epochs else None
+        closes = self.closing_epochs > 0 and missing is None
+        limit = row_limit(
+            model,
+            map(layers.of, windows),
+            max(tokens.lengths),
+            self.batch_size,
+            closes,
+            device,
+        )
+        idle = find_idle(calls, hidden, layers.modules_by_layer(), limit)
+        said = foreseen(missing, idle, sum(tokens.lengths))
+        fingerprint = run_fingerprint(model, self, rows, tokens.masks, windows, dtype)
+        commits = LayerCommits(layers, closes)
         with ExitStack() as stack:
-            hidden, calls = capture_decoder(model, layers.modules, rows, device)
-            limit = row_limit(
-                model,
-                map(layers.of, windows),
-                max(tokens.lengths),
-                self.batch_size,
-                self.closing_epochs > 0,
-                device,
-            )
             saved = stop = None
             if self._folder is not None:
-                fingerprint = run_fingerprint(
-                    model, self, rows, tokens.masks, windows, dtype
-                )
                 saved = stack.enter_context(open_checkpoint(self._folder, fingerprint))
                 stop = stack.enter_context(stop_on_signals())
-            learned = learn_windows(
-                calls,
-                hidden,
-                layers.grids,
-                windows,
-                self._settings(dtype),
-                device,
-                commits.layer,
-                tokens,
-                limit,
-                saved,
-                stop,
-            )
             closing = None
-            if self.closing_epochs:
-                closing = tune_scales(
+            if saved is not None and holds_committed(saved):
+                every = range(len(layers.modules) if closes else 0)
+                outputs = limit.run(lambda: pass_rows(calls, every, hidden, limit.rows))
+                learned, closing = take_up(saved, commits, outputs)
+            else:
+                learned = learn_windows(
                     calls,
-                    OutputHead(model, calls, hidden[0].to(device)),
-                    commits.tuned,
                     hidden,
-                    learned.outputs,
-                    self._closing_settings(dtype),
+                    layers.grids,
+                    windows,
+                    self._settings(dtype),
                     device,
+                    commits.layer,
                     tokens,
                     limit,
                     saved,
                     stop,
                 )
+            keeping = partial(
+                keep, self._folder, self._position, fingerprint, commits, learned
+            )
+            if closes and closing is None:
+                try:
+                    closing = tune_scales(
+                        calls,
+                        OutputHead(model, calls),
+                        commits.tuned,
+                        hidden,
+                        learned.outputs,
+                        self._closing_settings(dtype),
+                        device,
+                        tokens,
+                        limit,
+                        saved,
+                        stop,
+                    )
+                except Exception as error:
+                    raise RuntimeError(
+                        f"The closing pass failed: {error}\n"
+                        + keeping(None, "closing_epochs: 0")
+                    ) from error
                 if not closing.kept_start:
                     commits.tuned_scales()
             if stop is not None and stop.requested:
                 logger.warning("SliderQuant: stopped; this stage is done and saved.")
                 raise stop.exit()
-        return learned, closing
+        said += remarks(learned.windows, closing)
+        self._outcome = Outcome(
+            len(rows), sum(tokens.lengths), learned.windows, closing, said, idle
+        )
+        problems = _problems(model, layers, commits, learned, hidden[0].dtype)
+        if problems and self.strict:
+            problems.append(keeping(closing, "strict: false"))
+        self._outcome.warnings += conclude(problems, self.strict)
 
     def _tokens(self, rows: list[Tensor], masks: list[Tensor | None]) -> CountedTokens:
         if self.loss_on_responses:
@@ -435,3 +455,23 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             compute_dtype=dtype,
             seed=self.seed,
         )
+
+
+def _problems(
+    model: nn.Module,
+    layers: TargetedLayers,
+    commits: LayerCommits,
+    learned: Learned,
+    dtype: torch.dtype,
+) -> list[str]:
+    """
+    What does not hold of the result.
+
+    :param dtype: of the hidden states
+    """
+    return [
+        *check_committed(layers.linears, commits.names()),
+        *check_finite(model),
+        *check_losses(learned.windows),
+        *check_folds(learned.fold_errors, layers.by_name(), dtype),
+    ]

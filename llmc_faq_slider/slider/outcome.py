@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
+from loguru import logger
+
 from llmc_faq_slider.slider.closing import ClosingResult
+from llmc_faq_slider.slider.idle import Idle
 from llmc_faq_slider.slider.learning_state import WindowResult
 
-__all__ = ["Outcome", "remarks"]
+__all__ = ["Outcome", "foreseen", "remarks"]
 
 
 @dataclass
@@ -19,6 +22,7 @@ class Outcome:
     :param windows: in training order
     :param closing: None if there was no closing pass
     :param warnings: sentences
+    :param idle: what no calibration token reached, None if every linear was reached
     """
 
     rows: int
@@ -26,6 +30,7 @@ class Outcome:
     windows: list[WindowResult]
     closing: ClosingResult | None
     warnings: list[str]
+    idle: Idle | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON-like. A loss that is not finite is None."""
@@ -34,8 +39,29 @@ class Outcome:
             "tokens": self.tokens,
             "windows": [_window(result) for result in self.windows],
             "closing": None if self.closing is None else _closing(self.closing),
+            "idle": None if self.idle is None else _idle(self.idle),
             "warnings": self.warnings,
         }
+
+
+def foreseen(missing: str | None, idle: Idle | None, tokens: int) -> list[str]:
+    """
+    Sentences on what is known before the first window, which are also logged.
+
+    :param missing: why there is no closing pass
+    :param tokens: that were given
+    """
+    said = []
+    if missing is not None:
+        said.append(
+            "SliderQuant leaves out the closing pass, which compares next-token "
+            f"distributions: {missing}."
+        )
+    if idle is not None:
+        said.append(idle.sentence(tokens))
+    for sentence in said:
+        logger.warning(sentence)
+    return said
 
 
 def remarks(windows: list[WindowResult], closing: ClosingResult | None) -> list[str]:
@@ -82,6 +108,16 @@ def _closing(result: ClosingResult) -> dict[str, Any]:
     return asdict(result) | {
         "start_loss": _finite(result.start_loss),
         "loss": _finite(result.loss),
+    }
+
+
+def _idle(idle: Idle) -> dict[str, Any]:
+    return {
+        "linears": len(idle.linears),
+        "experts": idle.experts,
+        "all_experts": idle.all_experts,
+        "share_of_weights": round(idle.share_of_weights, 6),
+        "tokens_for_all": idle.tokens,
     }
 
 

@@ -1,16 +1,14 @@
 """What must hold of calibration rows before a model is run on them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from llmc_faq_slider.context import context_length
 
-__all__ = ["check_rows", "idle_experts", "warn_of_idle_experts"]
+__all__ = ["check_rows"]
 
 #: equal tokens at the end of a row that no text ends with
 PADDING_RUN = 8
@@ -89,72 +87,3 @@ def _warn_of_two_beginnings(model: nn.Module, rows: Sequence[Tensor]) -> None:
 def _ids(config: Any, name: str) -> list[int]:
     found = getattr(config, name, None)
     return [found] if isinstance(found, int) else list(found or [])
-
-
-@torch.no_grad()
-def idle_experts(
-    model: nn.Module, rows: Sequence[Tensor], device: torch.device
-) -> dict[str, tuple[int, int]]:
-    """
-    Experts that no token of the rows is sent to.
-
-    :return: by name of the router, how many experts get none, and how many there are
-    """
-    seen: dict[str, Tensor] = {}
-    with _watched_routers(model, seen):
-        if not seen:
-            return {}
-        for row in rows:
-            model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
-    idle = {
-        name: (int((count == 0).sum()), len(count))
-        for name, count in seen.items()
-        # routers that tell their choice in another form count nothing
-        if count.sum()
-    }
-    return {name: found for name, found in idle.items() if found[0]}
-
-
-def warn_of_idle_experts(
-    model: nn.Module, rows: Sequence[Tensor], device: torch.device
-) -> None:
-    """Say how many experts no calibration token reaches; nothing is learned there."""
-    idle = idle_experts(model, rows, device)
-    if idle:
-        name, (missing, experts) = max(idle.items(), key=lambda item: item[1][0])
-        logger.warning(
-            f"{sum(number for number, _ in idle.values())} experts get no token of the "
-            f"calibration data and are rounded without learning, most of them behind "
-            f"{name} ({missing} of {experts}). Give more or more varied data."
-        )
-
-
-@contextmanager
-def _watched_routers(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None]:
-    """Count in ``seen`` how many tokens each router sends to each expert.
-
-    transformers' routers return logits, weights and the chosen experts' numbers.
-    """
-    handles = []
-    for name, module in model.named_modules():
-        if not type(module).__name__.endswith("Router"):
-            continue
-        experts = getattr(module, "num_experts", None)
-        if not isinstance(experts, int):
-            continue
-        seen[name] = torch.zeros(experts, dtype=torch.int64)
-
-        def count(
-            _module: nn.Module, _args: Any, output: Any, name: str = name
-        ) -> None:
-            chosen = output[-1] if isinstance(output, tuple) else None
-            if isinstance(chosen, Tensor) and not chosen.is_floating_point():
-                numbers = chosen.flatten().cpu()
-                seen[name] += torch.bincount(numbers, minlength=len(seen[name]))
-
-        handles.append(module.register_forward_hook(count))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmc_faq_slider.slider.head import OutputHead
+from llmc_faq_slider.slider.head import OutputHead, missing_distribution
 from llmc_faq_slider.slider.quantizer import WeightGrid
 from llmc_faq_slider.slider.stream import (
     capture_decoder,
@@ -100,7 +100,13 @@ def measure_sensitivity(
     :raises ValueError: if the layers are no plain chain, or outputs are not finite
     """
     hidden, calls = capture_decoder(model, layers, rows, device)
-    head = OutputHead(model, calls, hidden[0].to(device))
+    missing = missing_distribution(model, calls)
+    if missing:
+        raise ValueError(
+            f"Sensitivity is measured on next-token distributions, and {missing}. Give "
+            "shallow_layers and deep_layers as numbers."
+        )
+    head = OutputHead(model, calls)
     lengths = [len(row) for row in rows]
     predicted = sum(lengths) - len(rows)
     size = max(1, BATCH_TOKENS // max(lengths))

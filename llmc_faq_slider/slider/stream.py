@@ -5,39 +5,75 @@ decoder layer. Slider moves two of them through the model: one through full-prec
 layers, one through the quantised ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmc_faq_slider.slider.rows import check_rows, warn_of_idle_experts
+from llmc_faq_slider.slider.dry_pass import (
+    DRY_TOKENS,
+    DryPass,
+    Linears,
+    dry_pass,
+    not_supported,
+)
+from llmc_faq_slider.slider.forwards import (
+    Arguments,
+    fresh,
+    layer_output,
+    replaced_forwards,
+    same_arguments,
+    same_output,
+    split_hidden,
+)
+from llmc_faq_slider.slider.rows import check_rows
 
 __all__ = [
     "DecoderCalls",
     "capture_decoder",
     "epoch_batches",
     "layer_output",
+    "pass_rows",
     "replaced_forwards",
     "row_batches",
 ]
 
 
-@dataclass
+class _StopForward(Exception):
+    """Ends a forward pass whose remaining layers are not needed."""
+
+
 class DecoderCalls:
     """
     How the model calls its decoder layers, apart from the hidden states.
 
-    Rows are unpadded, so masks, rotary embeddings and positions depend on the row
-    length alone.
+    Rows are unpadded, so masks, rotary embeddings and positions depend on the length of
+    rows and on their number alone. The model itself makes them, with its decoder layers
+    passed over.
 
-    :param arguments: positional and keyword arguments by row length, then by layer
+    :param dry: what one row met in the layers
     """
 
-    layers: list[nn.Module]
-    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        dry: DryPass,
+        device: torch.device,
+    ):
+        self.model = model
+        self.layers = layers
+        self.dry = dry
+        self.device = device
+        self._known: dict[tuple[int, int], list[Arguments]] = {}
+
+    def arguments(self, rows: int, length: int) -> list[Arguments]:
+        """Arguments of every layer for a batch of this shape."""
+        if (rows, length) not in self._known:
+            ids = torch.zeros(rows, length, dtype=torch.long, device=self.device)
+            self._known[rows, length] = self.enter(ids)[1]
+        return self._known[rows, length]
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """
@@ -45,7 +81,7 @@ class DecoderCalls:
 
         :param hidden: ``[rows, length, hidden]``
         """
-        args, kwargs = self.arguments[hidden.shape[1]][index]
+        args, kwargs = fresh(self.arguments(*hidden.shape[:2])[index])
         return layer_output(self.layers[index](hidden, *args, **kwargs))
 
     def run_span(self, span: range, hidden: Tensor) -> Tensor:
@@ -53,18 +89,47 @@ class DecoderCalls:
             hidden = self.run(index, hidden)
         return hidden
 
+    def result(self, index: int, hidden: Tensor) -> Any:
+        """What layer ``index`` would return around hidden states of any shape."""
+        tail = self.dry.tails[index]
+        if tail is None:
+            return hidden
+        zeros = (torch.zeros_like(x) if isinstance(x, Tensor) else x for x in tail)
+        return (hidden, *zeros)
 
-class _StopForward(Exception):
-    """Ends a forward pass whose remaining layers are not needed."""
+    @torch.no_grad()
+    def enter(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """
+        Input of the first layer, and arguments of every layer, none of which runs.
 
+        :param ids: token ids ``[rows, length]``
+        """
+        arguments: list[Arguments] = []
+        first: list[Tensor] = []
 
-def layer_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+        def passed_over(*args: Any, **kwargs: Any) -> Any:
+            states, call = split_hidden(args, kwargs)
+            first.append(states)
+            arguments.append(call)
+            if len(arguments) == len(self.layers):
+                raise _StopForward
+            return self.result(len(arguments) - 1, states)
+
+        with replaced_forwards(dict.fromkeys(self.layers, passed_over)):
+            try:
+                self.model(input_ids=ids, use_cache=False)
+            except _StopForward:
+                pass
+        return first[0], arguments
 
 
 @torch.no_grad()
 def capture_decoder(
-    model: nn.Module, layers: list[nn.Module], rows: list[Tensor], device: torch.device
+    model: nn.Module,
+    layers: list[nn.Module],
+    rows: list[Tensor],
+    device: torch.device,
+    linears: Linears | None = None,
 ) -> tuple[list[Tensor], DecoderCalls]:
     """
     Input of the first decoder layer for every row, and how the layers are called.
@@ -72,90 +137,72 @@ def capture_decoder(
     :param model: causal language model; called with ``input_ids`` and no cache
     :param layers: its decoder layers in order
     :param rows: token ids ``[length]`` without padding
+    :param linears: what will be quantised, by layer index and name; None for nothing
     :return: hidden states ``[1, length, hidden]`` per row, in the model's dtype, on the
         CPU, and the calls
-    :raises ValueError: if the model cannot read the rows; if a layer's input is not
-        finite, not the output of the layer before it, has another shape, or a layer is
-        given anything else that depends on the tokens
+    :raises ValueError: if the model cannot read the rows, for what :func:`dry_pass`
+        finds, or if a layer is given anything else that depends on the tokens
     """
     check_rows(model, rows)
-    warn_of_idle_experts(model, rows, device)
-    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-    hidden: list[Tensor] = []
-    previous: list[Tensor] = []
-
-    def first_layer(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        kwargs = dict(kwargs)
-        states = args[0] if args else kwargs.pop("hidden_states")
-        if states.ndim != 3:
-            raise ValueError(
-                "The decoder layers take hidden states of shape "
-                f"{list(states.shape)}, not [rows, tokens, hidden]. SliderQuant needs "
-                "a plain chain of decoder layers; this architecture is not supported."
-            )
-        hidden.append(states.detach().to("cpu", copy=True))
-        known = arguments.setdefault(states.shape[1], [])
-        if known and not _same(known[0], (args[1:], kwargs)):
-            raise ValueError(
-                "The decoder layers are given more than hidden states that depends on "
-                "the tokens. SliderQuant needs a plain chain of decoder layers; this "
-                "architecture is not supported."
-            )
-        if known:
-            raise _StopForward
-
-    def every_layer(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        kwargs = dict(kwargs)
-        states = args[0] if args else kwargs.pop("hidden_states")
-        calls = arguments[states.shape[1]]
-        if calls and not torch.isfinite(states).all():
-            raise ValueError(
-                f"The output of decoder layer {len(calls) - 1} is not finite in "
-                f"{states.dtype}. Load the model in bfloat16 or float32; if it is, its "
-                "weights are broken."
-            )
-        if calls and not torch.equal(states, previous[-1]):
-            raise ValueError(
-                f"Decoder layer {len(calls)} does not take the output of layer "
-                f"{len(calls) - 1} as it is. SliderQuant needs a plain chain of "
-                "decoder layers; this architecture is not supported."
-            )
-        calls.append((args[1:], kwargs))
-
-    def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-        previous[:] = [layer_output(output)]
-
-    def last_layer(_module: nn.Module, _args: Any, _output: Any) -> None:
-        raise _StopForward
-
-    handles = [layers[0].register_forward_pre_hook(first_layer, with_kwargs=True)]
-    for layer in layers:
-        handles.append(layer.register_forward_pre_hook(every_layer, with_kwargs=True))
-        handles.append(layer.register_forward_hook(keep_output))
-    handles.append(layers[-1].register_forward_hook(last_layer))
-    try:
-        for row in rows:
-            try:
-                model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
-            except _StopForward:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hidden, DecoderCalls(layers, arguments)
+    short = max(rows, key=len)[:DRY_TOKENS].unsqueeze(0).to(device)
+    calls = DecoderCalls(
+        model, layers, dry_pass(model, layers, short, linears or {}), device
+    )
+    _check_chain(calls, short)
+    hidden = []
+    for row in rows:
+        ids = row.unsqueeze(0).to(device)
+        states, arguments = calls.enter(ids)
+        if not same_arguments(calls.arguments(*ids.shape), arguments):
+            raise _depends_on_tokens()
+        hidden.append(states.to("cpu", copy=True))
+    return hidden, calls
 
 
-def _same(before: Any, now: Any) -> bool:
-    """Whether all tensors in two nested arguments are equal."""
-    if isinstance(before, Tensor):
-        return isinstance(now, Tensor) and torch.equal(before, now)
-    if isinstance(before, dict):
-        return before.keys() == now.keys() and all(
-            _same(value, now[key]) for key, value in before.items()
-        )
-    if isinstance(before, list | tuple):
-        return len(before) == len(now) and all(map(_same, before, now))
-    return True
+def _check_chain(calls: DecoderCalls, ids: Tensor) -> None:
+    """
+    Refuse layers that read what depends on tokens, such as what another layer left for
+    them: one that was given more than it will be given has to compute the same without.
+    """
+    expected = calls.arguments(*ids.shape)
+    states = calls.dry.states
+    for index, given in enumerate(calls.dry.calls):
+        if same_arguments(expected[index], given):
+            continue
+        try:
+            alone = calls.run(index, states[index])
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):
+            raise _depends_on_tokens() from None
+        if not same_output(alone, states[index + 1], exactly=True):
+            raise _depends_on_tokens()
+    states.clear()
+
+
+def _depends_on_tokens() -> ValueError:
+    return not_supported(
+        "The decoder layers are given more than hidden states that depends on the "
+        "tokens."
+    )
+
+
+@torch.no_grad()
+def pass_rows(
+    calls: DecoderCalls, layers: range, rows: list[Tensor], size: int
+) -> list[Tensor]:
+    """
+    Rows of hidden states behind some layers, on the CPU.
+
+    :param rows: in front of them, ``[1, length, hidden]`` each
+    :param size: rows at a time
+    """
+    results = list(rows)
+    lengths = [row.shape[1] for row in rows]
+    for batch in row_batches(lengths, size, [*range(len(rows))]):
+        states = torch.cat([rows[i] for i in batch]).to(calls.device)
+        output = calls.run_span(layers, states).cpu()
+        for place, index in enumerate(batch):
+            results[index] = output[place : place + 1]
+    return results
 
 
 def row_batches(
@@ -189,20 +236,3 @@ def epoch_batches(
             torch.randperm(len(lengths), generator=generator).tolist(),
         )
     ]
-
-
-@contextmanager
-def replaced_forwards(
-    forwards: Mapping[nn.Module, Callable[..., Any]],
-) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, original in before.items():
-            if original is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = original

@@ -46,7 +46,7 @@ def close(model, rows, grid, rate, input_grid=None, epochs=4, batch_size=4):
     linears = tuned_linears(layers, grid, input_grid)
     settings = ClosingSettings(epochs, rate, batch_size, torch.float32, 0)
     with frozen(model):
-        head = OutputHead(model, calls, hidden[0])
+        head = OutputHead(model, calls)
         result = tune_scales(calls, head, linears, hidden, targets, settings, CPU)
     return result, linears
 
@@ -97,7 +97,7 @@ def test_the_models_own_parameters_collect_no_gradients(model, rows):
 def test_head_gives_the_models_own_log_probabilities(model, rows):
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows, CPU)
-    head = OutputHead(model, calls, hidden[0])
+    head = OutputHead(model, calls)
     with torch.no_grad():
         expected = model(input_ids=rows[0].unsqueeze(0)).logits.log_softmax(-1)
         found = head.log_probabilities(calls.run_span(range(len(layers)), hidden[0]))

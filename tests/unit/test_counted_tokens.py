@@ -61,7 +61,7 @@ def test_loss_is_the_mean_over_marked_tokens(model):
     torch.testing.assert_close(output_loss(output, target, mask), expected)
 
     hidden, calls = capture_decoder(model, list(model.model.layers), rows_of([4]), CPU)
-    head = OutputHead(model, calls, hidden[0])
+    head = OutputHead(model, calls)
     found = divergences(head, output, target, mask)
     alone = divergences(head, output[mask].unsqueeze(0), target[mask].unsqueeze(0))
     assert found.shape == (1, 4)

@@ -101,7 +101,7 @@ def test_closing(model, tmp_path, dtype):
         linears = tuned_linears(layers, WeightGrid(3, True, 16, torch.float32))
         plan = ClosingSettings(3, 1e-2, 2, torch.float32, 0)
         with frozen(model):
-            head = OutputHead(model, calls, hidden[0])
+            head = OutputHead(model, calls)
             result = tune_scales(
                 calls,
                 head,
