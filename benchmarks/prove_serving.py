@@ -391,6 +391,8 @@ def prove(
         folder / "vllm",
         environment,
     )
+    if isinstance(answer, RuntimeError):
+        raise answer
     proof = compare(trained, answer, prompts)
     if http:
         log = folder / f"{trained.recipe}.log"

@@ -7,7 +7,6 @@ is left is rounding.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,50 +114,58 @@ def run_vllm(
     probes: dict[str, Tensor],
     folder: Path,
     environment: Path = SERVE_ENV,
-) -> list[Answer]:
+) -> list[Answer | RuntimeError]:
     """
     vLLM's answers, one per checkpoint, from one process of the serving environment.
+
+    Where vLLM fails at a checkpoint, an error with the end of its log takes the place
+    of the answer, and a new process goes on with the next one.
 
     :param rows: token ids ``[rows, length]`` whose log-probabilities are asked for
     :param prompts: token ids ``[prompts, length]`` that are continued greedily
     :param probes: inputs ``[tokens, inputs]`` bf16 by vLLM's name of a linear
-    :param folder: for files that go to and fro, and the log
-    :raises RuntimeError: if vLLM fails, with the end of its log
+    :param folder: for files that go to and fro, and the logs
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(probes, folder / "probes.safetensors")
-    length = max(rows.shape[1] + 1, prompts.shape[1] + max_tokens)
+    for index in range(len(checkpoints)):
+        (folder / f"{index}.json").unlink(missing_ok=True)
     request = {
         "checkpoints": [str(path.resolve()) for path in checkpoints],
         "rows": rows.tolist(),
         "prompts": prompts.tolist(),
         "max_tokens": max_tokens,
-        "max_model_len": length,
+        "max_model_len": max(rows.shape[1] + 1, prompts.shape[1] + max_tokens),
         "probes": str((folder / "probes.safetensors").resolve()),
         "output": str(folder.resolve()),
     }
-    log = folder / "vllm.log"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [str(environment / "bin" / "python"), "scripts/run_vllm.py"],
-            input=json.dumps(request),
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # This project's folder is not for the serving environment.
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        )
-    if done.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        raise RuntimeError(f"vLLM failed, see {log}:\n{tail}")
-    answers = []
-    for index in range(len(checkpoints)):
-        document = json.loads((folder / f"{index}.json").read_text())
-        kernels = {name: tuple(pair) for name, pair in document.pop("kernels").items()}
-        outputs = load_file(folder / f"{index}.safetensors")
-        answers.append(Answer(**document, kernels=kernels, outputs=outputs))
+    answers: list[Answer | RuntimeError] = []
+    while len(answers) < len(checkpoints):
+        first = len(answers)
+        log = folder / f"vllm-{first}.log"
+        with log.open("w") as output:
+            subprocess.run(
+                [str(environment / "bin" / "python"), "scripts/run_vllm.py"],
+                input=json.dumps(request | {"first": first}),
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        while (folder / f"{len(answers)}.json").exists():
+            answers.append(_read_answer(folder / str(len(answers))))
+        if len(answers) < len(checkpoints):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            name = checkpoints[len(answers)].name
+            answers.append(RuntimeError(f"vLLM failed at {name}, see {log}:\n{tail}"))
     return answers
+
+
+def _read_answer(stem: Path) -> Answer:
+    document = json.loads(stem.with_suffix(".json").read_text())
+    kernels = {name: tuple(pair) for name, pair in document.pop("kernels").items()}
+    outputs = load_file(stem.with_suffix(".safetensors"))
+    return Answer(**document, kernels=kernels, outputs=outputs)
 
 
 def quantised_linears(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
