@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 HELD_OUT = Path(__file__).parents[1] / "data" / "heldout"
 RECIPE = "slider_w4a16_asym"
 #: for vLLM the first of these that it serves on this CPU
-RECIPES = (RECIPE, "slider_w8a8")
+RECIPES = (RECIPE, "faq_slider_w4a8_cpu")
 ITEMS = 12
 #: nats by which the two backends may differ on one continuation of about 20 tokens
 TOLERANCE = 1.0
