@@ -51,6 +51,7 @@ from benchmarks.served import (
     multiply_as_served,
     quantised_linears,
     run_vllm,
+    saturated_error,
     token_logprobs,
     tolerance,
 )
@@ -260,7 +261,11 @@ def compare(trained: Trained, answer: Answer, prompts: Tensor) -> Proof:
     _compare_logprobs(proof, trained, told, bound.mean, bound.largest)
     proof.figures["mean difference to declared"] = _mean(told, trained.declared)
     _compare_kernels(proof, trained, answer)
-    if bound is not SATURATED:
+    if bound is SATURATED:
+        for name, inputs in make_probes(trained.linears).items():
+            error = saturated_error(trained.linears[name], inputs, answer.outputs[name])
+            proof.expect(error < LAYER_ERROR, f"{name} is off by {error:.4f}")
+    else:
         told = torch.tensor(answer.greedy)
         _compare_layers(proof, trained, answer)
         _compare_greedy(proof, trained, prompts, told, bound.largest)
