@@ -21,8 +21,8 @@ RECIPE = "slider_w4a16_asym"
 #: for vLLM the first of these that it serves on this CPU
 RECIPES = (RECIPE, "faq_slider_w4a8_cpu")
 ITEMS = 12
-#: nats by which the two backends may differ on one continuation of about 20 tokens
-TOLERANCE = 1.0
+#: backends may differ on a continuation by this share of what shuffled words cost
+SHARE = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_lm_eval_agrees_with_itself(
     hf, vllm = torch.tensor(told_hf), torch.tensor(told_vllm)
     print(f"accuracy {by_hf}, {by_vllm}; difference {(hf - vllm).abs().max():.3f} nats")
     assert hf.shape == vllm.shape == (ITEMS, 2)
-    assert (hf - vllm).abs().max() < TOLERANCE
-    # A control: the two continuations of one item are told apart by far more.
-    assert (hf[:, 0] - hf[:, 1]).abs().mean() > 4 * TOLERANCE
+    # The two continuations of one item differ by tens of nats.
+    apart = (hf[:, 0] - hf[:, 1]).abs().mean()
+    assert (hf - vllm).abs().max() < SHARE * apart
     # A broken reading would guess: one in two is right.
     assert by_hf > 0.8 and by_vllm > 0.8
