@@ -7,7 +7,6 @@ is left is rounding.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ __all__ = [
     "multiply_as_served",
     "quantised_linears",
     "run_vllm",
+    "saturated_error",
     "token_logprobs",
     "tolerance",
 ]
@@ -115,50 +115,58 @@ def run_vllm(
     probes: dict[str, Tensor],
     folder: Path,
     environment: Path = SERVE_ENV,
-) -> list[Answer]:
+) -> list[Answer | RuntimeError]:
     """
     vLLM's answers, one per checkpoint, from one process of the serving environment.
+
+    Where vLLM fails at a checkpoint, an error with the end of its log takes the place
+    of the answer, and a new process goes on with the next one.
 
     :param rows: token ids ``[rows, length]`` whose log-probabilities are asked for
     :param prompts: token ids ``[prompts, length]`` that are continued greedily
     :param probes: inputs ``[tokens, inputs]`` bf16 by vLLM's name of a linear
-    :param folder: for files that go to and fro, and the log
-    :raises RuntimeError: if vLLM fails, with the end of its log
+    :param folder: for files that go to and fro, and the logs
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(probes, folder / "probes.safetensors")
-    length = max(rows.shape[1] + 1, prompts.shape[1] + max_tokens)
+    for index in range(len(checkpoints)):
+        (folder / f"{index}.json").unlink(missing_ok=True)
     request = {
         "checkpoints": [str(path.resolve()) for path in checkpoints],
         "rows": rows.tolist(),
         "prompts": prompts.tolist(),
         "max_tokens": max_tokens,
-        "max_model_len": length,
+        "max_model_len": max(rows.shape[1] + 1, prompts.shape[1] + max_tokens),
         "probes": str((folder / "probes.safetensors").resolve()),
         "output": str(folder.resolve()),
     }
-    log = folder / "vllm.log"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [str(environment / "bin" / "python"), "scripts/run_vllm.py"],
-            input=json.dumps(request),
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # This project's folder is not for the serving environment.
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        )
-    if done.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        raise RuntimeError(f"vLLM failed, see {log}:\n{tail}")
-    answers = []
-    for index in range(len(checkpoints)):
-        document = json.loads((folder / f"{index}.json").read_text())
-        kernels = {name: tuple(pair) for name, pair in document.pop("kernels").items()}
-        outputs = load_file(folder / f"{index}.safetensors")
-        answers.append(Answer(**document, kernels=kernels, outputs=outputs))
+    answers: list[Answer | RuntimeError] = []
+    while len(answers) < len(checkpoints):
+        first = len(answers)
+        log = folder / f"vllm-{first}.log"
+        with log.open("w") as output:
+            subprocess.run(
+                [str(environment / "bin" / "python"), "scripts/run_vllm.py"],
+                input=json.dumps(request | {"first": first}),
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        while (folder / f"{len(answers)}.json").exists():
+            answers.append(_read_answer(folder / str(len(answers))))
+        if len(answers) < len(checkpoints):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            name = checkpoints[len(answers)].name
+            answers.append(RuntimeError(f"vLLM failed at {name}, see {log}:\n{tail}"))
     return answers
+
+
+def _read_answer(stem: Path) -> Answer:
+    document = json.loads(stem.with_suffix(".json").read_text())
+    kernels = {name: tuple(pair) for name, pair in document.pop("kernels").items()}
+    outputs = load_file(stem.with_suffix(".safetensors"))
+    return Answer(**document, kernels=kernels, outputs=outputs)
 
 
 def quantised_linears(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
@@ -238,6 +246,26 @@ def _kernel_weight(module: nn.Module) -> Tensor:
     args = module.quantization_scheme.weights
     stored = fake_quantize(weight, scale, module.weight_zero_point, args)
     return linear_grids(module).weight.multiplied(stored, scale)
+
+
+@torch.inference_mode()
+def saturated_error(modules: list[nn.Module], inputs: Tensor, output: Tensor) -> float:
+    """
+    Relative error of an output against int8 products as oneDNN adds them with AVX2
+    alone: two neighbours in 16 bits, where large ones saturate.
+
+    :param modules: fused linears with int8 weights per channel
+    :param inputs: ``[tokens, inputs]``, quantised to int8 per token
+    """
+    scale = torch.cat([module.weight_scale.float() for module in modules])
+    codes = (exact_weights(modules) / scale).round()
+    step = inputs.float().abs().amax(-1, keepdim=True) / 127
+    # The instruction takes one side without signs.
+    shifted = (inputs.float() / step).round() + 128
+    pairs = (shifted[:, None] * codes).unflatten(-1, (-1, 2)).sum(-1)
+    sums = pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * codes.sum(-1)
+    exact = sums * step * scale.view(1, -1)
+    return ((output.float() - exact).norm() / exact.norm()).item()
 
 
 def multiply_as_served(model: PreTrainedModel) -> None:

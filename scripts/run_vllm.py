@@ -5,12 +5,13 @@ from standard input
 
     {"checkpoints": [folder, ...], "rows": [[id, ...], ...],
      "prompts": [[id, ...], ...], "max_tokens": 16, "max_model_len": 512,
-     "probes": FILE, "output": FOLDER}
+     "probes": FILE, "output": FOLDER, "first": 0}
 
-and writes per checkpoint ``N.json`` with the log-probability of every token of the rows
-but the first, the greedy tokens after the prompts, and vLLM's scheme and kernel per
-linear; and ``N.safetensors`` with what each linear makes of its probe. ``probes`` is a
-safetensors file of inputs ``[tokens, inputs]`` bf16 by vLLM's name of the linear.
+and writes per checkpoint, from the first asked for, ``N.json`` with the
+log-probability of every token of the rows but the first, the greedy tokens after the
+prompts, and vLLM's scheme and kernel per linear; and ``N.safetensors`` with what each
+linear makes of its probe. ``probes`` is a safetensors file of inputs ``[tokens,
+inputs]`` bf16 by vLLM's name of the linear.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def run(asked: dict[str, Any], checkpoint: str, stem: Path) -> None:
     document["kernels"], outputs = found
     document["seconds"] = time.monotonic() - start
     save_file(outputs, stem.with_suffix(".safetensors"))
-    stem.with_suffix(".json").write_text(json.dumps(document))
     del llm
     gc.collect()
+    # Last: a checkpoint without this file is the one at which vLLM failed.
+    stem.with_suffix(".json").write_text(json.dumps(document))
 
 
 def prompt_logprobs(llm: LLM, rows: list[list[int]]) -> list[list[float]]:
@@ -111,8 +113,8 @@ def main() -> None:
     if torch.cpu._is_amx_tile_supported():
         # Linux grants the tile registers on request only; vLLM's worker processes ask.
         torch.cpu._init_amx()
-    for index, checkpoint in enumerate(asked["checkpoints"]):
-        run(asked, checkpoint, Path(asked["output"]) / str(index))
+    for index in range(asked["first"], len(asked["checkpoints"])):
+        run(asked, asked["checkpoints"][index], Path(asked["output"]) / str(index))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def serve(
     max_model_len: int = 1024,
     max_num_seqs: int = 8,
     eager: bool = True,
-    timeout: float = 300,
+    timeout: float = 900,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
     """Serves ``checkpoint`` on the loopback interface while the block runs.

@@ -18,14 +18,16 @@ pytestmark = pytest.mark.e2e
 
 HELD_OUT = Path(__file__).parents[1] / "data" / "heldout"
 RECIPE = "slider_w4a16_asym"
+#: for vLLM the first of these that it serves on this CPU
+RECIPES = (RECIPE, "faq_slider_w4a8_cpu")
 ITEMS = 12
-#: nats by which the two backends may differ on one continuation of about 20 tokens
-TOLERANCE = 1.0
+#: backends may differ on a continuation by this share of what shuffled words cost
+SHARE = 0.1
 
 
 @pytest.fixture(scope="module")
 def checkpoint(proven) -> Path:
-    return proven.trained[RECIPE].checkpoint
+    return proven.trained(RECIPE).checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -108,9 +110,11 @@ def lm_eval(
 
 
 def test_lm_eval_agrees_with_itself(
-    serve_env: Path, checkpoint: Path, task: Path, tmp_path: Path
+    serve_env: Path, proven, task: Path, tmp_path: Path
 ) -> None:
     """`lm_eval --model hf` and `--model vllm` on the same checkpoint."""
+    read = (proven.trained(recipe) for recipe in RECIPES)
+    checkpoint = next(one.checkpoint for one in read if one.computes is not None)
     model = f"pretrained={checkpoint},dtype=bfloat16"
     by_hf, told_hf = lm_eval(serve_env, task, "hf", model, tmp_path / "hf")
     extra = "max_model_len=512,enforce_eager=True"
@@ -119,8 +123,8 @@ def test_lm_eval_agrees_with_itself(
     hf, vllm = torch.tensor(told_hf), torch.tensor(told_vllm)
     print(f"accuracy {by_hf}, {by_vllm}; difference {(hf - vllm).abs().max():.3f} nats")
     assert hf.shape == vllm.shape == (ITEMS, 2)
-    assert (hf - vllm).abs().max() < TOLERANCE
-    # A control: the two continuations of one item are told apart by far more.
-    assert (hf[:, 0] - hf[:, 1]).abs().mean() > 4 * TOLERANCE
+    # The two continuations of one item differ by tens of nats.
+    apart = (hf[:, 0] - hf[:, 1]).abs().mean()
+    assert (hf - vllm).abs().max() < SHARE * apart
     # A broken reading would guess: one in two is right.
     assert by_hf > 0.8 and by_vllm > 0.8

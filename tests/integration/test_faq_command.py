@@ -24,6 +24,7 @@ from llmc_faq_slider.faq.rendering import end_of_turn_id
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 ROWS, LENGTH = 6, 64
 FIELDS = {
     "max_new_tokens": 16,
@@ -66,7 +67,7 @@ def kill_after(arguments, folder: Path, lines: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "llmc_faq_slider.cli", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -128,7 +129,7 @@ def test_two_processes_on_one_store_are_refused(arguments, tokenizer, tmp_path) 
         first = subprocess.Popen(
             [sys.executable, "-m", "llmc_faq_slider.cli", *arguments(**fields)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -155,8 +156,11 @@ def test_what_is_written_can_be_read_by_other_tools(
     assert shown.exit_code == 0 and f"{ROWS} rows of {LENGTH} tokens" in shown.output
     out = tmp_path / "out"
     data = load_file(out / "calibration.safetensors")
+    # other rows in a folder of the same name are read as well, not those again
+    assert run(arguments(output="other/out", temperature=0.5)).exit_code == 0
+    other = load_dataset(str(tmp_path / "other" / "out"), split="train")
     rows = load_dataset(str(out), split="train")
-    assert rows["input_ids"] == data["input_ids"].tolist()
+    assert rows["input_ids"] == data["input_ids"].tolist() != other["input_ids"]
     assert rows["loss_mask"] == data["loss_mask"].tolist()
     assert data["input_ids"].shape == (ROWS, LENGTH)
     records = [

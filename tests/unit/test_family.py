@@ -160,7 +160,7 @@ def test_turns_end(size: str) -> None:
     )
     torch.manual_seed(0)
     out = load(size).generate(
-        **ids, do_sample=True, max_new_tokens=120, num_return_sequences=8
+        **ids, do_sample=True, max_new_tokens=120, num_return_sequences=32
     )
     ended = (out[:, ids["input_ids"].shape[1] :] == tokenizer.eos_token_id).any(1)
     assert ended.float().mean() >= 0.5

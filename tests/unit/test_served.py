@@ -1,5 +1,6 @@
 """The parts of the proof that vLLM serves what was trained."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.prove_serving import RECIPES, own_stages
 from benchmarks.served import (
+    Answer,
     computing,
     exact_weights,
     input_errors,
     make_probes,
     multiply_as_served,
     quantised_linears,
+    run_vllm,
     token_logprobs,
     tolerance,
 )
@@ -107,3 +110,40 @@ def test_a_model_that_amplifies_roundings_gets_a_wider_tolerance() -> None:
     wide = tolerance("int8 per token", torch.tensor([0.0, -0.4, 1.0]))
     assert wide.mean == pytest.approx(1.25 * 1.4 / 3)
     assert wide.largest == pytest.approx(3.0)
+
+
+# A stand-in for vLLM: it ends at checkpoints that are called "bad".
+STAND_IN = """#!{python}
+import json, os, sys
+from pathlib import Path
+import numpy
+from safetensors.numpy import save_file
+asked = json.load(sys.stdin)
+print("started")
+for index in range(asked["first"], len(asked["checkpoints"])):
+    if "bad" in asked["checkpoints"][index]:
+        print("this one has no kernel", flush=True)
+        os.abort()
+    stem = Path(asked["output"]) / str(index)
+    save_file({{"linear": numpy.array([index])}}, stem.with_suffix(".safetensors"))
+    answer = {{"logprobs": [], "greedy": [], "kernels": {{}}, "seconds": index}}
+    stem.with_suffix(".json").write_text(json.dumps(answer))
+"""
+
+
+def test_a_checkpoint_that_ends_vllm_costs_no_other_its_answer(tmp_path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    names = ["first", "bad", "second", "third", "bad-last"]
+    rows, folder = torch.zeros(1, 4, dtype=torch.long), tmp_path / "answers"
+    for _ in range(2):  # what an earlier run left is not taken for an answer
+        answers = run_vllm(
+            [tmp_path / name for name in names], rows, rows, 1, {}, folder, tmp_path
+        )
+        assert [isinstance(one, Answer) for one in answers] == [1, 0, 1, 1, 0]
+        assert [one.seconds for one in answers if isinstance(one, Answer)] == [0, 2, 3]
+        assert "vLLM failed at bad, " in str(answers[1])
+        assert "this one has no kernel" in str(answers[1])
+    assert len(list(folder.glob("*.log"))) == 2  # one start, and one after a failure
