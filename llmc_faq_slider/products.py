@@ -48,7 +48,7 @@ def product_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16
     able = torch.cpu.get_capabilities()
-    # Intel's bf16 instructions without AMX do half as many of AMD's at a time.
+    # Intel's bf16 instructions without AMX were slower than float32.
     fast = able.get("avx512_bf16") and str(able.get("cpu_name", "")).startswith("AMD")
     used = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if able.get("amx_bf16") or (fast and used):
