@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.methods import Arm, measures_weights_alone, stages
 from benchmarks.texts import FILES, calibration_rows, evaluation_rows
 from llmc_faq_slider import oneshot
+from llmc_faq_slider.products import product_dtype
 from llmc_faq_slider.report.perplexity import loss_and_divergence, next_token_loss
-from llmc_faq_slider.slider.compute import product_dtype
 
 EVALUATION_LENGTH = 512
 

@@ -10,6 +10,7 @@ from llmc_faq_slider.faq.export import export
 from llmc_faq_slider.faq.options import FAQOptions
 from llmc_faq_slider.faq.plan import PILOT, Plan, plan
 from llmc_faq_slider.faq.store import CalibrationSet
+from llmc_faq_slider.processes import refuse_many_processes
 
 
 def regenerate_to(
@@ -23,6 +24,7 @@ def regenerate_to(
     :raises ValueError: for options that cannot be followed
     :raises RuntimeError: when the generator yields too little or cannot be used
     """
+    refuse_many_processes()
     target = stored_target(model)
     if dry_run:
         seeds, source, settings, _ = assemble(options, target)

@@ -27,6 +27,7 @@ from llmc_faq_slider.host.calibration_data import (
     plain_weights,
 )
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
+from llmc_faq_slider.processes import refuse_many_processes
 
 __all__ = ["FAQModifier", "tokenizer_given"]
 
@@ -90,6 +91,7 @@ class FAQModifier(FAQOptions, Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Take hold of the loader every pipeline of this run will read."""
+        refuse_many_processes()
         self._handoff = Handoff(kwargs.get("calib_data"))
         if state.data.calib is None:
             # SmoothQuant refuses to initialise without it

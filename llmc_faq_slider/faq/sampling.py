@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.settings import Sampling
+from llmc_faq_slider.products import multiplied_in, product_dtype
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ def sample_batch(
     cache: Cache | None = None
 
     for step in range(steps):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with multiplied_in(product_dtype("auto", device), device):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache = output.past_key_values
         picked, logprob = pick(output.logits[:, -1], uniforms[rows, step], sampling)
         for row, index, value in zip(

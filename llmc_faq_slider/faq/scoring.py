@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmc_faq_slider.faq.sampling import left_pad
+from llmc_faq_slider.products import multiplied_in, product_dtype
 
 _CHUNK = 256
 
@@ -23,7 +24,8 @@ def mean_logprobs(
 ) -> list[float]:
     """Mean natural log-probability per answer token given its prompt.
 
-    The forward runs in the model's own dtype; log-softmax in fp32, ``chunk``
+    The forward runs in the model's own dtype, but for products that are faster in a
+    wider one; log-softmax in fp32, ``chunk``
     positions at a time.
 
     :param prompts: prompt ids per row, not empty
@@ -33,13 +35,14 @@ def mean_logprobs(
     rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
     ids, mask = left_pad(rows, device)
     longest = max(len(answer) for answer in answers)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    ).logits[:, :-1]
+    with multiplied_in(product_dtype("auto", device), device):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
     labels = ids[:, -longest:]
     token_logprobs = torch.cat(
         [

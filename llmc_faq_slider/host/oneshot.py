@@ -1,7 +1,6 @@
 """llm-compressor's ``oneshot`` behind a check of the recipe and its other arguments."""
 
 import inspect
-import os
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
@@ -18,6 +17,7 @@ from llmc_faq_slider.host.findings import errors
 from llmc_faq_slider.host.inputs import OUTPUT_REMEDY, check_output, wrong_inputs
 from llmc_faq_slider.host.recipe_lint import lint_recipe
 from llmc_faq_slider.host.run_report import write_run_report
+from llmc_faq_slider.processes import refuse_many_processes
 
 __all__ = ["oneshot"]
 
@@ -31,24 +31,24 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
 
     Same arguments and result. A recipe that llm-compressor would ignore in part or as a
     whole, that cannot be read, or whose stages contradict each other is refused; so are
-    data, models and output folders that cannot work, and an output folder that another
-    run is about to write. ``dataset`` may also be a local file or folder, and a folder
-    that ``llmc-faq-slider regenerate`` wrote; ``splits`` cuts what is already loaded,
-    too. Beside the checkpoint in ``output_dir`` lies the run's report,
-    ``llmc_faq_slider.json``.
+    data, models and output folders that cannot work, an output folder that another run
+    is about to write, and a start as one of several processes. ``dataset`` may also be
+    a local file or folder, and a folder that ``llmc-faq-slider regenerate`` wrote;
+    ``splits`` cuts what is already loaded, too. Beside the checkpoint in ``output_dir``
+    lies the run's report, ``llmc_faq_slider.json``.
 
     :raises ValueError: with one sentence or two per finding, or when the folder's rows
         are missing or damaged
     :raises FolderError: when ``output_dir`` cannot be written, or is full in the end
     :raises FolderBusyError: when another process writes to ``output_dir``
     """
+    refuse_many_processes()
     bound = _SIGNATURE.bind_partial(*args, **kwargs)
     given = bound.arguments
     if isinstance(given.get("recipe"), Path):
         given["recipe"] = str(given["recipe"])
     resolve_dataset(given)
     output = given.get("output_dir")
-    first = int(os.environ.get("RANK", 0)) == 0
     with ExitStack() as stack:
         if given.get("recipe") is not None:
             modifiers, findings = lint_recipe(given["recipe"], given.get("stage"))
@@ -62,16 +62,14 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
             keep_short_rows(given, modifiers)
             if output is not None:
                 check_output(given, modifiers)
-                # the other processes of one run write to the same folder
-                if first:
-                    stack.enter_context(exclusive(Path(output), OUTPUT_REMEDY))
+                stack.enter_context(exclusive(Path(output), OUTPUT_REMEDY))
         try:
             # The report is read from the session, so that is cleared after it.
             clear = given.pop("clear_sparse_session", False)
             tokenizer = given.get("tokenizer") or given.get("processor")
             with tokenizer_given(tokenizer):
                 model = llmcompressor.oneshot(*bound.args, **bound.kwargs)
-            if output is not None and first:
+            if output is not None:
                 write_run_report(Path(output, given.get("stage") or ""))
             if clear:
                 reset_session()

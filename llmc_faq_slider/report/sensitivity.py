@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from llmc_faq_slider.context import context_length
 from llmc_faq_slider.faq.seeds import shipped_seeds
 from llmc_faq_slider.host.decoder import decoder_layers
+from llmc_faq_slider.processes import refuse_many_processes
+from llmc_faq_slider.products import multiplied_in, product_dtype
 from llmc_faq_slider.report.loading import (
     Dtype,
     full_precision_config,
@@ -87,6 +89,7 @@ def report_sensitivity(
     :param figure: ends in ``.png`` or ``.svg``; the numbers go beside it as ``.json``
     :raises ValueError: as :func:`sensitivity_record`, or if no figure can be written
     """
+    refuse_many_processes()
     _check_writable(figure)
     record = sensitivity_record(model, number_format, sample, device, dtype)
     numbers = figure.with_suffix(".json")
@@ -145,13 +148,14 @@ def sensitivity_record(
         else ActivationGrid(number_format.input_bits),
     )
     began = time.monotonic()
-    measured = measure_sensitivity(
-        loaded.to(where).eval(),
-        layers,
-        rows,
-        {i: dict.fromkeys(names, grids) for i, names in enumerate(linears)},
-        where,
-    )
+    with multiplied_in(product_dtype("auto", where), where):
+        measured = measure_sensitivity(
+            loaded.to(where).eval(),
+            layers,
+            rows,
+            {i: dict.fromkeys(names, grids) for i, names in enumerate(linears)},
+            where,
+        )
     proposal = propose_windows([layer.kl for layer in measured.layers])
     return SensitivityRecord(
         model=model,

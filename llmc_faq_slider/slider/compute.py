@@ -1,29 +1,13 @@
-"""How a device computes: the fastest dtype, and the same bits every time."""
+"""How a device computes: the same bits every time."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-__all__ = ["ComputeDtype", "deterministic", "product_dtype"]
-
-ComputeDtype = Literal["auto", "bfloat16", "float32"]
-
-
-def product_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
-    """
-    dtype of matrix products on a device.
-
-    Without AMX the CPUs measured in docs/experiments.md multiply bf16 slower than fp32,
-    so that ``auto`` is float32 there and bfloat16 elsewhere.
-    """
-    if choice != "auto":
-        return getattr(torch, choice)
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16"):
-        return torch.float32
-    return torch.bfloat16
+__all__ = ["deterministic"]
 
 
 @contextmanager

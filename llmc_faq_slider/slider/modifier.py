@@ -47,12 +47,13 @@ from llmc_faq_slider.host.run_identity import (
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
+from llmc_faq_slider.processes import refuse_many_processes
+from llmc_faq_slider.products import ComputeDtype, multiplied_in, product_dtype
 from llmc_faq_slider.slider.checkpoint import open_checkpoint
 from llmc_faq_slider.slider.closing import (
     ClosingSettings,
     tune_scales,
 )
-from llmc_faq_slider.slider.compute import ComputeDtype, product_dtype
 from llmc_faq_slider.slider.end_windows import end_windows
 from llmc_faq_slider.slider.head import OutputHead, missing_distribution
 from llmc_faq_slider.slider.idle import find_idle
@@ -167,9 +168,11 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     :param visit_decay: a layer's rates at its k-th visit are k^-visit_decay of these; 0
         keeps them, as the paper does. Layers at the ends, which four windows learn,
         otherwise learn the calibration text by heart (docs/experiments.md)
-    :param compute_dtype: dtype of the student's matrix products, ``auto`` the faster
-        one: float32 on CPUs without AMX, else bfloat16. Learned tensors, loss and
-        rounding are always fp32
+    :param compute_dtype: dtype of matrix products, ``auto`` the faster one: float32 on
+        CPUs that multiply bf16 slowly, else bfloat16. Learned tensors, loss and
+        rounding are always fp32. On a CPU float32 holds for all products of the stage,
+        also in the layers as they were and in the head; otherwise it is the student's,
+        and the rest multiplies in the model's own
     :param seed: seeds the low-rank starts and the order of rows
     :param loss_on_responses: errors count only on tokens that the calibration data's
         ``loss_mask`` marks as responses, as FAQ's does; rows without one count fully
@@ -267,6 +270,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
 
     @with_gradients
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        refuse_many_processes()
         check_learning_stage(self, self.window_size, self.window_stride)
         check_serving(self, self.target)
         check_other_stages(state.model, self)
