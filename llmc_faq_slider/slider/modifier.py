@@ -296,7 +296,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         layers = served.for_learning(self.quantized_inputs)
         device = get_main_device()
         dtype = product_dtype(self.compute_dtype, device)
-        with unquantized(model):
+        with unquantized(model), multiplied_in(dtype, device):
             self._learn(model, served, layers, rows, tokens, device, dtype)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
