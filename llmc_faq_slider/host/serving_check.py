@@ -53,7 +53,7 @@ def _set(path: str, value: Any) -> Edit:
     return Edit(f"set {name}: {shown}", {path: value})
 
 
-INT8_INPUTS: Mapping[str, Any] = {
+INT8_INPUTS: dict[str, Any] = {
     "num_bits": 8,
     "type": "int",
     "symmetric": True,
