@@ -178,11 +178,13 @@ def _ask(
     }
     paths = [*folders, serve_env.resolve() / "humming"]
     joined = [*map(str, paths), os.environ.get("PYTHONPATH", "")]
+    # With one thread PyTorch's FP8 product writes outside of its memory.
+    threads = {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [str(serve_env / "bin" / "python"), "scripts/ask_vllm.py"],
         input=json.dumps(document),
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(joined)} | settings,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(joined)} | settings | threads,
         capture_output=True,
         text=True,
     )
