@@ -66,6 +66,7 @@ from llmc_faq_slider.report.serving import (
     describe,
     find_target,
     serve,
+    this_cpu,
 )
 
 RECIPES = ROOT / "recipes"
@@ -122,9 +123,8 @@ class Proof:
             self.failures.append(sentence)
 
 
-def local_target() -> Target:
-    """This machine's CPU in the serving table."""
-    return find_target("cpu-amx" if torch.cpu._is_amx_tile_supported() else "cpu")
+#: this machine's CPU in the serving table
+local_target = this_cpu
 
 
 def gpu_target() -> Target | None:

@@ -165,7 +165,7 @@ def check(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="cpu, cpu-amx, sm90, ...; default: all that are known"),
+        typer.Option(help="cpu (this machine's), cpu-avx2, sm90, ...; default: all"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:

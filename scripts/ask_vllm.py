@@ -4,7 +4,7 @@ Runs with the Python of the serving environment; tests/e2e/test_serving_table.py
 it and compares the answers with the package's table. Reads from standard input
 
     {"questions": [
-        {"target": {"name", "platform", "capability", "amx"},
+        {"target": {"name", "platform", "capability", "isa"},
          "group": {"weights", "inputs", "outputs", "format"},
          "layer": [inputs, outputs], "backend": "auto"}]}
 
@@ -12,7 +12,9 @@ and writes one answer per question as JSON; ``backend`` is vLLM's --linear-backe
 a CUDA target vLLM is told that it runs on a GPU of that capability and that Humming,
 which its CUDA build requires, is installed; nothing is computed. For a CPU target the
 chosen kernel also multiplies a random layer, and the answer says which precision of the
-inputs explains the result.
+inputs explains the result, or how it failed. vLLM loads one library per process: with
+scripts/avx2 on PYTHONPATH that for CPUs with AVX2 alone, which questions about cpu-avx2
+need.
 """
 
 from __future__ import annotations
@@ -98,8 +100,11 @@ def on(target: dict[str, Any]) -> Iterator[None]:
         with replaced({"current_platform": Gpu(), "has_humming": lambda: True}):
             yield
         return
+    library = "avx512" if torch.cpu._is_avx512_supported() else "avx2"
+    asked = "avx2" if target["isa"] == "avx2" else "avx512"
+    assert library == asked, f"vLLM has loaded its library for {library} here"
     supported = torch.cpu._is_amx_tile_supported
-    if target["amx"]:
+    if target["isa"] == "amx":
         assert supported(), "this machine has no AMX"
         # Linux grants the tile registers on request only.
         torch.cpu._init_amx()
@@ -145,8 +150,12 @@ def ask(
     assert answer["kernel"] is not None, scheme
     answer["parameters"] = sorted(name for name, _ in layer.named_parameters())
     if target["platform"] == "cpu":
-        answer["errors"] = compare(scheme, layer, group, size)
-        answer["computes"] = min(answer["errors"], key=answer["errors"].get)
+        try:
+            answer["errors"] = compare(scheme, layer, group, size)
+        except (RuntimeError, AttributeError) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        else:
+            answer["computes"] = min(answer["errors"], key=answer["errors"].get)
     elif answer["kernel"] == "HummingLinearKernel" and find_spec("humming"):
         declared = getattr(layer, "_humming_input_quant_config", None)
         answer["computes"] = humming_inputs(group, declared, target["capability"])

@@ -26,7 +26,8 @@ RECIPES = (
 )
 #: columns: targets that are the same in every row
 COLUMNS = {
-    "CPU": ("cpu",),
+    "CPU with AVX2": ("cpu-avx2",),
+    "CPU with AVX-512": ("cpu-avx512",),
     "CPU with AMX": ("cpu-amx",),
     "A100, L40S": ("sm80", "sm89"),
     "H100, H200": ("sm90",),

@@ -53,6 +53,14 @@ def _set(path: str, value: Any) -> Edit:
     return Edit(f"set {name}: {shown}", {path: value})
 
 
+INT8_INPUTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+    "group_size": None,
+}
 EDITS = (
     _set("format", "pack-quantized"),
     _set("format", "int-quantized"),
@@ -80,6 +88,24 @@ EDITS = (
     Edit("leave input_activations out", {"inputs": None}),
     _set("weights.num_bits", 4),
     _set("weights.num_bits", 8),
+    Edit(
+        "set input_activations: {num_bits: 8, type: int, symmetric: false, "
+        "strategy: token, dynamic: true}",
+        {"inputs": INT8_INPUTS | {"symmetric": False}},
+    ),
+)
+#: tried last: served on every CPU
+W8A8 = Edit(
+    "set scheme: W8A8",
+    {
+        "weights.type": "int",
+        "weights.num_bits": 8,
+        "weights.strategy": "channel",
+        "weights.group_size": None,
+        "weights.symmetric": True,
+        "inputs": INT8_INPUTS,
+        "format": "int-quantized",
+    },
 )
 
 
@@ -112,7 +138,9 @@ def remedy(one: Served, keep_inputs: bool = False) -> str | None:
         and not one.fields.keys() & other.fields.keys()
         and (after_both := _edited(after_one, other)) is not None
     ]
-    for text, changed in [*singles, *pairs]:
+    last = None if keep_inputs else _edited(group, W8A8)
+    recast = [] if last is None else [(W8A8.text, last)]
+    for text, changed in [*singles, *pairs, *recast]:
         if all(
             look(changed, target, layer).verdict == "as declared" for layer in looked_at
         ) and _divides(changed, one.layers):

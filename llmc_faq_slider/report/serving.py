@@ -5,6 +5,7 @@ mapping of ``weights``, ``inputs``, ``outputs`` and ``format``, with the field n
 compressed-tensors; ``host.declared`` makes it from a recipe.
 """
 
+import platform
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+import torch
 import yaml
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "load_table",
     "serve",
     "serve_experts",
+    "this_cpu",
 ]
 
 Group = Mapping[str, Any]
@@ -38,13 +41,18 @@ OLDEST_CAPABILITY = 80
 
 @dataclass(frozen=True)
 class Target:
-    """Hardware for vLLM; ``capability`` is 10 times NVIDIA's, None on a CPU."""
+    """
+    Hardware for vLLM.
+
+    :param capability: 10 times NVIDIA's, None on a CPU
+    :param isa: what decides on a CPU, ``avx2``, ``avx512`` or ``amx``
+    """
 
     name: str
     platform: str
     hardware: str
     capability: int | None = None
-    amx: bool | None = None
+    isa: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,12 @@ def known_targets() -> list[Target]:
 
 def find_target(name: str) -> Target:
     """
-    :param name: a target of the table, or smNN for an NVIDIA compute capability
+    :param name: a target of the table, ``cpu`` for the CPU of this machine, or smNN for
+        an NVIDIA compute capability
     :raises ValueError: if there is no such target
     """
+    if name == "cpu":
+        return this_cpu()
     known = {target.name: target for target in known_targets()}
     if name in known:
         return known[name]
@@ -117,8 +128,29 @@ def find_target(name: str) -> Target:
     raise ValueError(
         f"The target {name!r} is not known."
         + (f" Did you mean {near[0]}?" if near else "")
-        + f" Give one of {', '.join(known)}, or sm and the compute capability of "
+        + f" Give one of cpu, {', '.join(known)}, or sm and the compute capability of "
         f"another NVIDIA GPU, sm{OLDEST_CAPABILITY} or later."
+    )
+
+
+def this_cpu() -> Target:
+    """
+    This machine's CPU, by the questions with which vLLM chooses its library.
+
+    :raises ValueError: if the table has no rows for it
+    """
+    for name, question in (
+        ("cpu-amx", "_is_amx_tile_supported"),
+        ("cpu-avx512", "_is_avx512_supported"),
+        ("cpu-avx2", "_is_avx2_supported"),
+    ):
+        supported = getattr(torch.cpu, question, None)
+        if supported is not None and supported():
+            return find_target(name)
+    raise ValueError(
+        "The target cpu is the CPU of this machine, and PyTorch finds none of AMX, "
+        f"AVX-512 and AVX2 in it ({platform.machine()}). Name the CPU that will serve: "
+        "cpu-avx2, cpu-avx512 or cpu-amx."
     )
 
 
@@ -252,7 +284,7 @@ def unmet(condition: Any, value: Any, name: str = "") -> str | None:
     What of a condition of the table a value does not meet, in words, or None.
 
     :param condition: a value; a list of which one must hold; a mapping of conditions
-        on the fields of ``value``; ``{min, max}`` for a number
+        on the fields of ``value``; ``{min, max}`` or ``{multiple}`` for a number
     """
     if isinstance(condition, list):
         reasons = [unmet(choice, value, name) for choice in condition]
@@ -267,6 +299,11 @@ def unmet(condition: Any, value: Any, name: str = "") -> str | None:
             low, high = condition.get("min", value), condition.get("max", value)
             in_range = value is not None and low <= value <= high
             return None if in_range else f"{name} is {value}"
+        if condition.keys() == {"multiple"}:
+            multiple = condition["multiple"]
+            fits = value is not None and value % multiple == 0
+            found = f"{name} is {_word(value)}, it takes multiples of {multiple}"
+            return None if fits else found
         if value is None:
             return f"{name} are not quantised"
         for key, part in condition.items():
@@ -297,7 +334,7 @@ def _where(row: Mapping[str, Any], target: Target) -> bool:
     facts = {
         "platform": target.platform,
         "capability": target.capability,
-        "amx": target.amx,
+        "isa": target.isa,
     }
     return condition is None or unmet(condition, facts) is None
 

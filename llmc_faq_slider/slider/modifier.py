@@ -182,9 +182,9 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         LLMC_FAQ_SLIDER_CHECKPOINT_DIR, or nothing is saved until the end fails
     :param strict: a result that fails a check fails the run; false makes warnings of
         these, listed in ``warnings``
-    :param target: hardware that vLLM has to serve the checkpoint on, such as sm90 or
-        cpu; the run stops at once if it has no kernel there. None: a warning if no
-        known hardware serves a config group as declared
+    :param target: hardware that vLLM has to serve the checkpoint on, such as sm90, or
+        cpu for this machine's; the run stops at once if it has no kernel there. None: a
+        warning if no known hardware serves a config group as declared
     """
 
     shallow_layers: Literal["auto"] | NonNegativeInt | None = None

@@ -315,7 +315,19 @@ CASES = [
         slider(*group(INT4, INT8, "int-quantized")),
         target="sm90",
     ),
-    Case("int3 on a CPU", "not-served", slider("scheme: W3A16"), target="cpu"),
+    Case("int3 on a CPU", "not-served", slider("scheme: W3A16"), target="cpu-avx512"),
+    Case(
+        "packed int4 on a CPU with AVX2 alone",
+        "not-served",
+        slider(*group(INT4, INT8)),
+        target="cpu-avx2",
+    ),
+    Case(
+        "groups that the CPU's W4A8 kernel does not take",
+        "not-served",
+        slider(*group(INT4.replace("128", "16"), INT8, "int-quantized")),
+        target="cpu-avx2",
+    ),
     Case(
         "a format that no target serves",
         "not-served",
@@ -374,7 +386,7 @@ CASES = [
         "rotation",
         "spin_stage:\n  spin_modifiers:\n    SpinQuantModifier: {rotations: [R1, R4]}\n"
         + slider("scheme: W4A16"),
-        target="cpu",
+        target="cpu-avx512",
     ),
     Case(
         "QuIP",
@@ -458,7 +470,7 @@ CASES = [
         slider(*group("num_bits: 4, strategy: channel")),
         model="./model",
         config=QWEN3 | {"hidden_size": 144, "head_dim": 72},
-        target="cpu",
+        target="cpu-avx512",
     ),
     Case(
         "W4A8 experts",
@@ -474,7 +486,7 @@ CASES = [
         slider("scheme: W4A16", 'ignore: [lm_head, "re:.*gate$"]'),
         model="./model",
         config=MOE,
-        target="cpu",
+        target="cpu-avx512",
     ),
     Case(
         "a model that is quantised already",

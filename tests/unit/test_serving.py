@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import serving_matrix
+import torch
 from bad_recipes import FP8, INT4, INT8, group, slider
 from generated import cases
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from llmc_faq_slider.report.serving import (
     load_table,
     serve,
     serve_experts,
+    this_cpu,
     unmet,
 )
 
@@ -42,6 +44,8 @@ def declared(weights: str, inputs: str | None = None, form: str | None = None):
 W4A8 = declared(INT4, INT8)
 W4AFP8 = declared(INT4, FP8)
 W4A16 = declared(INT4)
+W8A16 = declared(INT4.replace("num_bits: 4", "num_bits: 8"))
+INT_Q = "int-quantized"
 W8A8 = declared("num_bits: 8, type: int, strategy: channel", INT8, "int-quantized")
 
 
@@ -66,8 +70,16 @@ def test_every_row_has_release_evidence_and_source():
         (W4AFP8, "sm90", "CutlassW4A8LinearKernel", "FP8 per token", None),
         (W4A8, "sm90", "MacheteLinearKernel", "16 bit", None),
         (W4A8, "sm89", "MarlinLinearKernel", "16 bit", None),
-        (W4A8, "cpu", "CPUWNA16LinearKernel", "16 bit", None),
+        (W4A8, "cpu-avx512", "CPUWNA16LinearKernel", "16 bit", None),
         (W4A8, "cpu-amx", "CPUWNA16LinearKernel", "int8 per token", None),
+        (W8A8, "cpu-avx2", "CPUInt8ScaledMMLinearKernel", "int8 per token", None),
+        (
+            declared(INT4, INT8.replace("symmetric: true", "symmetric: false"), INT_Q),
+            "cpu-avx2",
+            "Dynamic4bitLinearKernel",
+            "int8 per token with zero point",
+            None,
+        ),
         (W4A16, "sm86", "MarlinLinearKernel", "16 bit", None),
         (W4A16, "cpu-amx", "CPUWNA16LinearKernel", "int8 per token", None),
         (W8A8, "sm80", "CutlassInt8ScaledMMLinearKernel", "int8 per token", None),
@@ -93,14 +105,17 @@ def test_known_answers(what, target, kernel, computes, flag):
 
 
 def test_what_is_not_served():
-    for what, target in [(W4AFP8, "sm89"), (W4AFP8, "cpu"), (W4AFP8, "sm100")]:
+    for what in (W4A8, W4A16, W8A16):
+        there = serve(what.group, find_target("cpu-avx2"))
+        assert there.verdict == "not served" and "has no kernel" in (there.why or "")
+    for what, target in [(W4AFP8, "sm89"), (W4AFP8, "cpu-avx512"), (W4AFP8, "sm100")]:
         assert serve(what.group, find_target(target)).verdict == "not served"
     blackwell = serve(W8A8.group, find_target("sm120"))
     assert blackwell.verdict == "needs a flag" and "triton" in (blackwell.flag or "")
 
 
 def test_sizes_decide_too():
-    hopper, cpu = find_target("sm90"), find_target("cpu")
+    hopper, cpu = find_target("sm90"), find_target("cpu-avx512")
     fits, narrow = Layer("o_proj", 512, 256), Layer("o_proj", 512, 192)
     assert serve(W4AFP8.group, hopper, fits).kernel == "CutlassW4A8LinearKernel"
     fallback = serve(W4AFP8.group, hopper, narrow)
@@ -116,7 +131,7 @@ def test_experts():
     assert serve_experts(W4AFP8.group, hopper).verdict == "as declared"
     small = serve_experts(W4AFP8.group, hopper, Layer("gate_up_proj", 128, 256))
     assert not small.served and "multiples of 256" in (small.why or "")
-    assert not serve_experts(W4A16.group, find_target("cpu")).served
+    assert not serve_experts(W4A16.group, find_target("cpu-avx512")).served
 
 
 @pytest.mark.parametrize(
@@ -124,6 +139,32 @@ def test_experts():
 )
 def test_targets(name, capability):
     assert find_target(name).capability == capability
+
+
+@pytest.mark.parametrize(
+    ("able", "name"),
+    [
+        ({"avx2"}, "cpu-avx2"),
+        ({"avx2", "avx512"}, "cpu-avx512"),
+        ({"avx2", "avx512", "amx_tile"}, "cpu-amx"),
+    ],
+)
+def test_cpu_is_this_machines(monkeypatch, able, name):
+    """PyTorch is asked at every call, so that a CPU can be had on any machine."""
+    for one in ("avx2", "avx512", "amx_tile"):
+        monkeypatch.setattr(
+            torch.cpu, f"_is_{one}_supported", lambda one=one: one in able
+        )
+    assert find_target("cpu") == this_cpu() == find_target(name)
+
+
+def test_a_cpu_that_is_not_in_the_table(monkeypatch):
+    """As on an Arm machine, and with a PyTorch that cannot be asked."""
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    for one in ("avx2", "avx512"):
+        monkeypatch.setattr(torch.cpu, f"_is_{one}_supported", lambda: False)
+    with pytest.raises(ValueError, match="Name the CPU that will serve: cpu-avx2"):
+        find_target("cpu")
 
 
 @pytest.mark.parametrize("name", ["sm75", "gpu", "", "sm", "sm9", "H100"])
@@ -173,7 +214,8 @@ def test_every_group_gets_a_consistent_answer(config, target):
     assert serving.served or serving.why or serving.verdict == "not in the table"
     assert (serving.computes is not None) <= serving.served
     assert describe(config) and "None" not in describe(config)
-    if config["weights"]["num_bits"] == 4 and config["inputs"] is None:
+    four_bits = config["weights"]["num_bits"] == 4 and config["inputs"] is None
+    if four_bits and target != "cpu-avx2":
         packed = config | {"format": "pack-quantized"}
         assert serve(packed, hardware).served or config["weights"]["group_size"] == 16
 
@@ -185,6 +227,23 @@ def test_remedies():
         (W4A8, "sm90", "set input_activations.type: float"),
         (declared(INT4, FP8, "int-quantized"), "sm90", "set format: pack-quantized"),
         (W8A8, "sm100", "set format: pack-quantized and leave input_activations out"),
+        (
+            W4A8,
+            "cpu-avx2",
+            "set format: int-quantized and set input_activations.symmetric: false",
+        ),
+        (
+            W4A16,
+            "cpu-avx2",
+            "set format: int-quantized and set input_activations: {num_bits: 8, "
+            "type: int, symmetric: false, strategy: token, dynamic: true}",
+        ),
+        (
+            declared(INT4.replace("true", "false")),
+            "cpu-avx2",
+            "set scheme: W8A8",
+        ),
+        (W8A16, "cpu-avx2", "set scheme: W8A8"),
     ]:
         hardware = find_target(target)
         assert remedy(Served(what, serve(what.group, hardware))) == advice, what
@@ -195,6 +254,11 @@ def test_conditions():
     assert unmet({"num_bits": 4}, None, "inputs") == "inputs are not quantised"
     assert unmet(None, {"num_bits": 8}, "inputs") == "inputs are quantised"
     assert unmet({"min": 80, "max": 89}, 90, "capability") == "capability is 90"
+    multiple = {"group_size": {"multiple": 32}}
+    assert unmet(multiple, {"group_size": 96}) is None
+    assert unmet(multiple, {"group_size": 16}) == (
+        "group_size is 16, it takes multiples of 32"
+    )
     assert unmet({"group_size": [None, 64]}, {"group_size": 32}) == (
         "group_size is 32, it takes per channel or 64"
     )
