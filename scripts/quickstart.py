@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,10 +28,14 @@ from rich.table import Table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmc_faq_slider.report.serving import Target
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
 SERVE_ENV = ROOT / ".venv-serve"
-DEFAULT_RECIPE = ROOT / "recipes" / "faq_slider_w4a8_g64.yaml"
+# Packed int4 weights, and the form for CPUs whose vLLM has no kernel for these.
+PACKED = ROOT / "recipes" / "faq_slider_w4a8_g64.yaml"
+UNPACKED = ROOT / "recipes" / "faq_slider_w4a8_cpu_g64.yaml"
 QUESTION = "What is the capital of France?"
 # Few enough to take seconds, enough to tell the arms apart on the same tokens.
 EVAL_TOKENS = 8192
@@ -70,7 +74,10 @@ def main(
     model: Annotated[
         str, typer.Option(help="hub id or folder; default: SmolLM2-135M-Instruct")
     ] = "",
-    recipe: Annotated[Path, typer.Option(exists=True)] = DEFAULT_RECIPE,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="default: W4A8 as this CPU's kernels take it"),
+    ] = None,
     output: Annotated[Path, typer.Option()] = CACHE / "quickstart",
     since: Annotated[
         float | None, typer.Option(help="when installing began, seconds of the epoch")
@@ -90,50 +97,56 @@ def main(
     if since is not None:
         timer.steps["Install"] = time.time() - since
     with serve_environment() as environment_ready:
-        run(model, recipe, output, timer, environment_ready)
+        lines = run(model, recipe, output, timer, environment_ready)
     steps = Table("step", "seconds")
     for title, seconds in timer.steps.items():
         steps.add_row(title, f"{seconds:.0f}")
     steps.add_row("all", f"{sum(timer.steps.values()):.0f}", style="bold")
     console.print(steps)
+    for line in lines:
+        console.print(line)
 
 
 def run(
     model: str,
-    recipe: Path,
+    recipe: Path | None,
     output: Path,
     timer: Timer,
     environment_ready: Callable[[], str | None],
-) -> None:
-    """The steps in order."""
+) -> list[str]:
+    """The steps in order; what was learned, a line each."""
     with timer.step("Get the model and the held-out text"):
         source, label = get_model(model)
         from texts import read_text
 
         # English Wikipedia articles that no recipe calibrates on.
         text = read_text("wikipedia", CACHE)
-    ours = output / label / recipe.stem
+        form = choose_form(recipe)
+        console.print(form.why)
+    ours = output / label / form.recipe.stem
     nearest = output / label / "round-to-nearest"
 
-    with timer.step(f"Quantise with {recipe.name}"):
-        seconds_ours = quantise(source, recipe, ours)
-    with timer.step("Quantise to the nearest, for comparison"):
-        plain = round_to_nearest(recipe, nearest.with_suffix(".yaml"))
-        seconds_nearest = quantise(source, plain, nearest)
-
-    with timer.step("Measure perplexity"):
-        arms = [
-            measure("full precision", source, text, None),
-            measure("round to nearest", str(nearest), text, seconds_nearest),
-            measure("ours", str(ours), text, seconds_ours),
-        ]
+    with timer.step(f"Quantise with {form.recipe.name}"):
+        seconds_ours = quantise(source, form.recipe, ours)
     with timer.step("Wait for the serving environment"):
-        problem = environment_ready()
-    with timer.step("Serve with vLLM and ask"):
-        if problem:
-            console.print(f"[yellow]not served:[/] {problem}")
-        else:
-            ask(ours)
+        problem = environment_ready() or form.problem
+    # vLLM takes a minute or two to start, most of it on one core.
+    with ThreadPoolExecutor(max_workers=1) as server:
+        asked = None if problem else server.submit(ask, ours)
+        with timer.step("Quantise to the nearest, for comparison"):
+            plain = round_to_nearest(form.recipe, nearest.with_suffix(".yaml"))
+            seconds_nearest = quantise(source, plain, nearest)
+        with timer.step("Measure perplexity"):
+            arms = [
+                measure("full precision", source, text, None),
+                measure("round to nearest", str(nearest), text, seconds_nearest),
+                measure("ours", str(ours), text, seconds_ours),
+            ]
+        with timer.step("Serve with vLLM and ask"):
+            if asked is None:
+                console.print(f"[yellow]not served:[/] {problem}")
+            else:
+                console.print(f"[bold]{QUESTION}[/]\n{asked.result()}")
 
     table = Table("", "perplexity", "size on disk", "seconds to make")
     for arm in arms:
@@ -147,7 +160,88 @@ def run(
         f"\n[bold]{label}[/], first {EVAL_TOKENS} tokens of English Wikipedia:"
     )
     console.print(table)
-    console.print(f"The checkpoint is in {shown(ours)}")
+    return [*learned(arms, form), "", f"Next: {next_command(ours, problem)}"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """
+    A recipe and what this CPU's kernels of vLLM make of its checkpoint.
+
+    :param why: why this recipe was taken
+    :param computes: the kernel and the precision of the inputs it multiplies
+    :param problem: why it is not served here, None if it is
+    """
+
+    recipe: Path
+    why: str
+    computes: str
+    problem: str | None = None
+
+
+def choose_form(recipe: Path | None) -> Form:
+    """The recipe given, or W4A8 in the form that this CPU computes."""
+    from llmc_faq_slider.report.serving import this_cpu
+
+    try:
+        cpu = this_cpu()
+    except ValueError as error:
+        chosen = recipe or PACKED
+        return Form(
+            chosen, f"{chosen.name}: {error}", "a kernel that is not known here"
+        )
+    if recipe is not None:
+        return _form(recipe, cpu, f"{recipe.name}, as asked for.")
+    packed = _form(
+        PACKED, cpu, f"{PACKED.name}: {cpu.hardware} has a kernel for packed int4."
+    )
+    if packed.problem is None:
+        return packed
+    return _form(
+        UNPACKED,
+        cpu,
+        f"{UNPACKED.name}: int4 stored as int8, because vLLM has no kernel for packed "
+        f"int4 weights on {cpu.hardware}.",
+    )
+
+
+def _form(recipe: Path, cpu: Target, why: str) -> Form:
+    from llmc_faq_slider.host.declared import declared_groups
+    from llmc_faq_slider.host.recipe_lint import lint_recipe
+    from llmc_faq_slider.report.serving import serve
+
+    modifiers, _ = lint_recipe(recipe)
+    found = [serve(one.group, cpu) for one in declared_groups(modifiers)]
+    lost = next((one.why for one in found if not one.served), None)
+    computes = ", ".join(
+        dict.fromkeys(
+            f"{one.kernel} multiplies inputs of {one.computes}" for one in found
+        )
+    )
+    return Form(recipe, why, computes, lost)
+
+
+def learned(arms: Sequence[Arm], form: Form) -> list[str]:
+    """What the run showed, in five lines."""
+    full, nearest, ours = arms
+    costs = [arm.perplexity / full.perplexity - 1 for arm in (nearest, ours)]
+    return [
+        f"Form      {form.why}",
+        f"Accuracy  perplexity {full.perplexity:.2f} -> {ours.perplexity:.2f} "
+        f"({costs[1]:+.0%}); rounded to nearest {nearest.perplexity:.2f} "
+        f"({costs[0]:+.0%})",
+        f"Size      {full.megabytes:.0f} MB -> {ours.megabytes:.0f} MB",
+        f"Time      {ours.seconds:.0f} s for FAQ's data and SliderQuant",
+        f"Serving   {form.problem or form.computes}; the perplexities are with "
+        "quantised inputs",
+    ]
+
+
+def next_command(checkpoint: Path, problem: str | None) -> str:
+    """What to type to go on."""
+    if problem:
+        return f"llmc-faq-slider check RECIPE --target cpu; the model is {checkpoint}"
+    return f"{shown(SERVE_ENV)}/bin/vllm serve {shown(checkpoint)} --dtype bfloat16"
 
 
 def get_model(model: str) -> tuple[str, str]:
@@ -260,23 +354,18 @@ def serve_environment() -> Iterator[Callable[[], str | None]]:
             making.wait()
 
 
-def ask(checkpoint: Path) -> None:
-    """Serves the checkpoint, asks one question over HTTP and prints the answer."""
+def ask(checkpoint: Path) -> str:
+    """Serves the checkpoint and returns its answer to one question over HTTP."""
     from transformers import AutoTokenizer
 
     from llmc_faq_slider.report.server import serve
 
     log = CACHE / "vllm-serve.log"
-    on_wait = partial(tick, f"vLLM is starting (log: {shown(log)})")
     chats = AutoTokenizer.from_pretrained(checkpoint).chat_template is not None
-    with serve(checkpoint, SERVE_ENV, log, on_wait=on_wait) as server:
+    with serve(checkpoint, SERVE_ENV, log) as server:
         # A base model has no chat template, so there is no chat to be had with it.
         answer = server.chat(QUESTION) if chats else server.complete(QUESTION)
-    console.print(f"[bold]{QUESTION}[/]\n{answer.strip()}")
-    console.print(
-        "(On a CPU, vLLM keeps activations in bf16 for these packed int4 weights; the "
-        "perplexities below include their quantisation.)"
-    )
+    return answer.strip()
 
 
 def tick(what: str, seconds: float) -> None:
