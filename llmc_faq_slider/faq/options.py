@@ -73,7 +73,7 @@ class FAQOptions(BaseModel):
     :param top_p: nucleus share in (0, 1]. None: the generator's own, else 0.8 (0.95)
     :param top_k: most likely ids to draw from, 0 for all. None: the generator's own,
         else 20
-    :param batch_size: prompts per generation batch. None: 64 with an accelerator, 72
+    :param batch_size: prompts per generation batch. None: 64 with an accelerator, 32
         without
     :param selector: who wins a group: ``expert_nll`` (highest mean log-probability
         under the expert), ``expert_judge`` (best graded by the expert in words),

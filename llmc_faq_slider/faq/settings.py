@@ -12,7 +12,7 @@ Selector = Literal[
 
 #: rows x tokens of the calibration set, new tokens per answer, prompts per batch
 ACCELERATOR_SIZES = {"rows": 128, "length": 2048, "new": 1024, "batch": 64}
-CPU_SIZES = {"rows": 32, "length": 512, "new": 256, "batch": 72}
+CPU_SIZES = {"rows": 32, "length": 512, "new": 256, "batch": 32}
 
 #: passage tokens shown to the generator when a seed is raw text
 MAX_PASSAGE_TOKENS = 512
