@@ -240,7 +240,9 @@ def _fill(
         return codes.float() * scale.float()
     bits = weights["num_bits"]
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    codes = torch.randint(low, high, size[::-1], generator=generator).to(torch.int8)
+    # Spread as a model's weights: AVX2's int8 products saturate on uniform ones.
+    spread_codes = torch.randn(size[::-1], generator=generator) * high / 4
+    codes = spread_codes.round().clamp(low, high - 1).to(torch.int8)
     zero_point = torch.zeros(shape, dtype=torch.int8)
     if not weights["symmetric"]:
         zero_point = torch.randint(low, high, shape, generator=generator).to(torch.int8)
