@@ -30,7 +30,7 @@ export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart bench-quality bench-ablation bench-faq \
+.PHONY: help install serve-env quickstart bench-quality bench-ablation bench-data bench-faq \
 	bench-serve prove-serving test test-gpu chaos fuzz upstream quality format clean
 
 help: ## this list
@@ -79,6 +79,9 @@ chaos: $(VENV)/.ready ## 50 runs killed at random moments, then compared [CHAOS_
 
 bench-faq: $(VENV)/.ready $(SERVE)/.ready ## what regenerated calibration data brings [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.faq $(if $(MODEL),--smollm2 "$(MODEL)") $(BENCH_ARGS)
+
+bench-data: $(VENV)/.ready ## the quickstart's data stage with ten seeds [BENCH_ARGS=...]
+	$(BIN)/python -m benchmarks.data_stage $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
 
 bench-serve: $(VENV)/.ready $(SERVE)/.ready ## vLLM: bf16 and our formats [BENCH_ARGS=...]
 	$(BIN)/python -m benchmarks.serving $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
