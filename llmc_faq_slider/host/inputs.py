@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.quantization import QuantizationStatus
 from datasets import Dataset, IterableDataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -69,6 +70,10 @@ def _model(model: Any, modifiers: Sequence[Modifier]) -> Iterator[str]:
     name, quantised = "The model", False
     if isinstance(model, nn.Module):
         quantised = bool(getattr(model.config, "quantization_config", None))
+        used = quantised_before(model)
+        if used:
+            yield used
+            return
     elif isinstance(model, str | Path):
         name, folder = str(model), Path(model).expanduser()
         if name.startswith((".", "/", "~")) and not folder.is_dir():
@@ -91,6 +96,22 @@ def _model(model: Any, modifiers: Sequence[Modifier]) -> Iterator[str]:
             f"{name} is already quantised. Give the full-precision model that it was "
             "made from."
         )
+
+
+def quantised_before(model: nn.Module) -> str | None:
+    """A sentence on a model object that an earlier run has quantised, if one has."""
+    done = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_status", None)
+        in (QuantizationStatus.FROZEN, QuantizationStatus.COMPRESSED)
+    ]
+    if not done:
+        return None
+    return (
+        f"This model object was quantised before: {len(done)} of its layers, the first "
+        f"is {done[0]}. Load the full-precision model anew."
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:

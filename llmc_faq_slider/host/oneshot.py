@@ -17,6 +17,7 @@ from llmc_faq_slider.host.findings import errors
 from llmc_faq_slider.host.inputs import OUTPUT_REMEDY, check_output, wrong_inputs
 from llmc_faq_slider.host.recipe_lint import lint_recipe
 from llmc_faq_slider.host.run_report import write_run_report
+from llmc_faq_slider.host.saved_config import mend_saved_config
 from llmc_faq_slider.processes import refuse_many_processes
 
 __all__ = ["oneshot"]
@@ -70,7 +71,9 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
             with tokenizer_given(tokenizer):
                 model = llmcompressor.oneshot(*bound.args, **bound.kwargs)
             if output is not None:
-                write_run_report(Path(output, given.get("stage") or ""))
+                folder = Path(output, given.get("stage") or "")
+                mend_saved_config(folder, model)
+                write_run_report(folder)
             if clear:
                 reset_session()
             return model
