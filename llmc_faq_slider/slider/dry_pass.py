@@ -43,8 +43,7 @@ class DryPass:
     """
     :param calls: what each layer was given beside hidden states
     :param tails: what each layer returned behind hidden states, None if no tuple
-    :param states: input of each layer and output of the last, ``[1, tokens, hidden]``,
-        until the chain of layers is checked
+    :param states: input of each layer and output of the last, ``[1, tokens, hidden]``
     :param hidden: output of the last layer, likewise
     :param logits: the model's own, None if it returns none
     :param uncalled: linears that no token of the row reached, ``<layer>.<name>``

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llmc_faq_slider.slider.checkpoint import Checkpoint
 from llmc_faq_slider.slider.decoder import Commit, Decoder, LayerGrids
+from llmc_faq_slider.slider.folds import exact_places, left_out
 from llmc_faq_slider.slider.interruption import StopRequest
 from llmc_faq_slider.slider.learning_state import (
     UNFINISHED,
@@ -29,6 +30,7 @@ from llmc_faq_slider.slider.learning_state import (
 )
 from llmc_faq_slider.slider.loss import CountedTokens
 from llmc_faq_slider.slider.memory import RowLimit
+from llmc_faq_slider.slider.places import Place
 from llmc_faq_slider.slider.stream import DecoderCalls, row_batches
 from llmc_faq_slider.slider.student import LinearGrids, StudentLayer
 from llmc_faq_slider.slider.window_training import learn_window
@@ -80,17 +82,29 @@ def learn_windows(
     :raises ValueError: if the full-precision layers' output is not finite
     :raises MemoryError: if a step with one row does not fit
     """
+    places: dict[int, list[Place]] = {}
+    inexact: dict[int, list[Place]] = {}
+    for index in grids:
+        if learns_channel_scales(grids[index], settings):
+            places[index], inexact[index] = exact_places(calls, index, grids[index])
+    said = left_out(inexact)
+
+    def student(index: int, importance: dict[str, Tensor]) -> StudentLayer:
+        at = places.get(index, [])
+        return _student(calls, index, grids, importance, at, settings)
+
     decoder = Decoder(
         calls,
         device,
         grids,
-        lambda index, importance: _student(calls, index, grids, importance, settings),
+        student,
         tokens or CountedTokens.all([row.shape[1] for row in hidden]),
         limit or RowLimit(settings.batch_size),
     )
-    return _Walk(decoder, windows, settings, commit, saved, stop or StopRequest()).run(
-        hidden
-    )
+    walk = _Walk(decoder, windows, settings, commit, saved, stop or StopRequest())
+    learned = walk.run(hidden)
+    learned.left_out = said
+    return learned
 
 
 def _student(
@@ -98,6 +112,7 @@ def _student(
     index: int,
     grids: LayerGrids,
     importance: dict[str, Tensor],
+    places: list[Place],
     settings: LearningSettings,
 ) -> StudentLayer:
     return StudentLayer(
@@ -106,16 +121,18 @@ def _student(
         importance,
         settings.low_rank,
         settings.rounding_travel > 0,
-        quantizes_inputs(grids[index])
-        if settings.channel_scales == "auto"
-        else settings.channel_scales,
+        places,
         settings.smoothing_strength,
         torch.Generator().manual_seed(settings.seed + index),
     )
 
 
-def quantizes_inputs(grids: dict[str, LinearGrids]) -> bool:
-    return any(grid.input is not None for grid in grids.values())
+def learns_channel_scales(
+    grids: dict[str, LinearGrids], settings: LearningSettings
+) -> bool:
+    if settings.channel_scales == "auto":
+        return any(grid.input is not None for grid in grids.values())
+    return settings.channel_scales
 
 
 class _Walk:

@@ -113,11 +113,13 @@ class Learned:
     :param outputs: full-precision output of the last layer per row
     :param fold_errors: how far each committed layer's output is from the student's,
         relative to its square
+    :param left_out: sentences on places that channel scales do not fold at
     """
 
     windows: list[WindowResult]
     outputs: list[Tensor]
     fold_errors: dict[int, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass

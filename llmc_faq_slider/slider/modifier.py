@@ -392,7 +392,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
             if stop is not None and stop.requested:
                 logger.warning("SliderQuant: stopped; this stage is done and saved.")
                 raise stop.exit()
-        said += remarks(learned.windows, closing)
+        said += [*learned.left_out, *remarks(learned.windows, closing)]
         self._outcome = Outcome(
             len(rows), sum(tokens.lengths), learned.windows, closing, said, idle
         )

@@ -1,7 +1,8 @@
-"""Where channel scales fold exactly in a decoder layer (SliderQuant §3.3, eq. 2).
+"""Where channel scales may fold in a decoder layer (SliderQuant §3.3, eq. 2).
 
 Four places, named by the submodules that Llama, Qwen2, Qwen3, Mistral and Gemma3 share:
-norm → q, k, v; norm → gate, up; v → o; up → down. The released code's fifth place,
+norm → q, k, v; norm → gate, up; v → o; up → down. Names only propose: in other
+architectures the same names compute something else, which ``folds`` finds. The released code's fifth place,
 between q and k, is left out: it is not exact under rotary embeddings and wrong when
 norms sit on q and k.
 """

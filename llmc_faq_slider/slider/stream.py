@@ -81,8 +81,12 @@ class DecoderCalls:
 
         :param hidden: ``[rows, length, hidden]``
         """
+        return layer_output(self.whole_output(index, hidden))
+
+    def whole_output(self, index: int, hidden: Tensor) -> Any:
+        """The same with whatever the layer returns beside hidden states."""
         args, kwargs = fresh(self.arguments(*hidden.shape[:2])[index])
-        return layer_output(self.layers[index](hidden, *args, **kwargs))
+        return self.layers[index](hidden, *args, **kwargs)
 
     def run_span(self, span: range, hidden: Tensor) -> Tensor:
         for index in span:
@@ -175,7 +179,7 @@ def _check_chain(calls: DecoderCalls, ids: Tensor) -> None:
             raise _depends_on_tokens() from None
         if not same_output(alone, states[index + 1], exactly=True):
             raise _depends_on_tokens()
-    states.clear()
+    calls.dry.states = [state.cpu() for state in states]
 
 
 def _depends_on_tokens() -> ValueError:

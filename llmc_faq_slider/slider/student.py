@@ -7,7 +7,7 @@ is the full-precision teacher.
 :meth:`StudentLayer.fold` returns the plain tensors that a checkpoint stores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from llmc_faq_slider.slider.learnables import (
     RoundingOffset,
     smoothing_start,
 )
-from llmc_faq_slider.slider.places import Place, fold_places, norm_offset
+from llmc_faq_slider.slider.places import Place, norm_offset
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
 from llmc_faq_slider.slider.stream import replaced_forwards
 
@@ -150,7 +150,7 @@ class StudentLayer:
     :param importance: mean square of each input channel ``[in]`` by name of linear
     :param rank: rank of the low-rank update; 0 leaves it out
     :param rounding: learn an offset per weight before rounding
-    :param channel_scales: learn channel scales at the places where they fold
+    :param places: where channel scales are learned; they must fold exactly there
     :param smoothing_strength: where they start, see :func:`smoothing_start`; ``auto``
         is :data:`FEW_BITS_STRENGTH` for inputs below 8 bits, else 0
     :param generator: seeds the low-rank update
@@ -163,7 +163,7 @@ class StudentLayer:
         importance: dict[str, Tensor],
         rank: int,
         rounding: bool,
-        channel_scales: bool,
+        places: Sequence[Place],
         smoothing_strength: float | Literal["auto"],
         generator: torch.Generator,
     ):
@@ -181,9 +181,8 @@ class StudentLayer:
         }
         self.norm_scales: dict[str, NormChannelScale] = {}
         self.channel_scales: list[ChannelScale] = []
-        if channel_scales:
-            for place in fold_places(layer, set(grids)):
-                self._add_scale(place, smoothing_strength)
+        for place in places:
+            self._add_scale(place, smoothing_strength)
         for linear in self.linears.values():
             linear.start_clipping()
 

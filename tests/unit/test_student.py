@@ -72,8 +72,9 @@ def student_of(
         for name in LINEARS
     }
     generator = torch.Generator().manual_seed(1)
+    places = fold_places(layer, set(LINEARS))
     return StudentLayer(
-        layer, grids, importance, rank, rounding, True, strength, generator
+        layer, grids, importance, rank, rounding, places, strength, generator
     )
 
 
