@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmc_faq_slider.products import multiplied_in, product_dtype
+
 __all__ = ["loss_and_divergence", "next_token_loss", "perplexity"]
 
 
@@ -87,7 +89,8 @@ def _row_logits(
     try:
         for batch in rows.split(batch_size):
             batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
+            with multiplied_in(product_dtype("auto", batch.device), batch.device):
+                logits = model(input_ids=batch, use_cache=False).logits
             # One row at a time: a batch of fp32 logits is gigabytes for large
             # vocabularies.
             for row, row_logits in zip(batch, logits, strict=True):
