@@ -2,9 +2,9 @@
 
 Four places, named by the submodules that Llama, Qwen2, Qwen3, Mistral and Gemma3 share:
 norm → q, k, v; norm → gate, up; v → o; up → down. Names only propose: in other
-architectures the same names compute something else, which ``folds`` finds. The released
-code's fifth place, between q and k, is left out: it is not exact under rotary embeddings
-and wrong when norms sit on q and k.
+architectures the same names compute something else, which ``folds`` finds. The
+released code's fifth place, between q and k, is left out: it is not exact under rotary
+embeddings and wrong when norms sit on q and k.
 """
 
 from dataclasses import dataclass
