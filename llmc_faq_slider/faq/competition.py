@@ -34,7 +34,6 @@ _LOOSENED_BY = {
     "repetitive": "max_repeated_share",
     "refusal": "allow_refusals",
     "language": "keep_language",
-    "evaluation_overlap": "evaluation_sets",
     "near_duplicate": "max_similarity",
 }
 
@@ -196,7 +195,7 @@ class Referee:
             f"FAQModifier: {rounds} rounds through the seeds gave "
             f"{self.outcome.tokens:.0f} tokens, {wanted} are needed; {self._tally()}"
             + (f", {too_long} were too long" if too_long else "")
-            + ". Give more seeds, or lower num_samples or sequence_length. "
+            + ". Lower num_samples, or give more seeds, which begins anew. "
             + self._way_on()
         )
 
@@ -221,8 +220,8 @@ class Referee:
         fields += ["num_candidates", "retries"]
         return (
             "All answers are kept: the same command goes on with them once one of "
-            f"these is changed: {', '.join(dict.fromkeys(fields))}. Another generator "
-            "or max_new_tokens begins anew."
+            f"these is changed: {', '.join(dict.fromkeys(fields))}. Another generator, "
+            "sequence_length or sampling begins anew."
         )
 
     def _entrant(self, task: Task, chain: Chain) -> Entrant | None:

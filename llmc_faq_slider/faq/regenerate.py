@@ -133,11 +133,11 @@ def _collect(
         _answer(batch, settings, writer, referee)
         done += len(batch)
         tokens_per_prompt = outcome.tokens / done or tokens_per_prompt
+        if outcome.tokens >= wanted:
+            break
         if on_trial and outcome.counts["prompts_answered"] >= TRIAL_PROMPTS:
             referee.check_trial()
             on_trial = False
-        if outcome.tokens >= wanted:
-            break
     referee.check_budget(wanted, batch[0].round + 1)
     sentence = losses(outcome.counts)
     if sentence:
