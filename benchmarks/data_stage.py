@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """Runs the data stage with several seeds and says what became of each."""
     source = small_or_real(model)
-    lines, failed = [], 0
+    lines, failed, began = [], 0, time.monotonic()
     for seed in range(seeds):
         cells = _run(source, seed, rows, output)
         failed += len(cells) < len(COLUMNS)
@@ -49,7 +49,10 @@ def main(
         table = markdown_table(COLUMNS, lines)
         (output / "data_stage.md").write_text(table, "utf-8")
     console.print(table)
-    console.print(f"{seeds - failed} of {seeds} seeds gave a whole data set.")
+    console.print(
+        f"{seeds - failed} of {seeds} seeds gave a whole data set, "
+        f"{time.monotonic() - began:.0f} s in all."
+    )
     sys.exit(1 if failed else 0)
 
 

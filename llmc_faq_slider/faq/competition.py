@@ -175,7 +175,7 @@ class Referee:
         :raises RegenerationError: with the counts, and how to go on
         """
         answered = self.outcome.counts["prompts_answered"]
-        if len(self.outcome.groups) >= LEAST_YIELD * answered:
+        if self._valid() >= LEAST_YIELD * answered:
             return
         raise RegenerationError(
             f"FAQModifier: {self._tally()}, fewer than one in four, so going on is "
@@ -191,6 +191,12 @@ class Referee:
         if self.outcome.tokens >= wanted:
             return
         too_long = self.outcome.counts["prompts_too_long"]
+        if not self.outcome.counts["prompts_answered"]:
+            raise RegenerationError(
+                f"FAQModifier: all {too_long} prompts are too long to be "
+                "answered. Give shorter seeds, a longer sequence_length, or a "
+                "generator that reads more."
+            )
         raise RegenerationError(
             f"FAQModifier: {rounds} rounds through the seeds gave "
             f"{self.outcome.tokens:.0f} tokens, {wanted} are needed; {self._tally()}"
@@ -199,15 +205,18 @@ class Referee:
             + self._way_on()
         )
 
+    def _valid(self) -> int:
+        """Prompts with a valid answer; seeds that stand in for one do not count."""
+        return sum(bool(group.entrants) for group in self.outcome.groups)
+
     def _tally(self) -> str:
         """Such as ``8 of 72 prompts have a valid answer (gates that fired: ...)``."""
         counts, settings = self.outcome.counts, self._settings
-        valid = sum(bool(group.entrants) for group in self.outcome.groups)
         fired = ", ".join(f"{n} x {g}" for g, n in self.outcome.gates.most_common())
         each = settings.num_candidates
         return (
-            f"{valid} of {counts['prompts_answered']} prompts have a valid answer "
-            f"among {each} candidate{'s' if each > 1 else ''} each"
+            f"{self._valid()} of {counts['prompts_answered']} prompts have a valid "
+            f"answer among {each} candidate{'s' if each > 1 else ''} each"
             + (f" (gates that fired: {fired})" if fired else "")
         )
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +59,7 @@ def plan(
     talk = conversation(target, source, single)
     seeds = plain_seeds(seeds, marks(target, source.tokenizer))
     referee = Referee(talk, single, None)
-    tasks = [t for batch in islice(batches(seeds, single), 1) for t in batch]
+    tasks = next(batches(seeds, single, lambda: pilot))
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         log = Store(folder).candidates("pilot", {})
         bar = stack.enter_context(tqdm(desc="FAQ: pilot", total=len(tasks)))

@@ -1,7 +1,7 @@
 """From seeds to token prompts, in the fixed order and batches they are answered in."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -24,11 +24,7 @@ from llmc_faq_slider.faq.rendering import (
 )
 from llmc_faq_slider.faq.sampling import row_seed
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.settings import (
-    CONTINUATION_TOKENS,
-    TRIAL_PROMPTS,
-    Settings,
-)
+from llmc_faq_slider.faq.settings import CONTINUATION_TOKENS, Settings
 from llmc_faq_slider.faq.store import Candidate
 
 _PLAIN_ROLES = {"user", "assistant"}
@@ -202,11 +198,15 @@ def request(prompt: Prompt, index: int, talk: Conversation, seed: int) -> Reques
     )
 
 
-def batches(seeds: Sequence[Seed], settings: Settings) -> Iterator[list[Task]]:
-    """Batches of tasks, a pure function of seed ids, seed and batch size.
+def batches(
+    seeds: Sequence[Seed], settings: Settings, needed: Callable[[], int]
+) -> Iterator[list[Task]]:
+    """Batches of tasks, the whole seed set once per round.
 
-    Seeds come in an order shuffled by hash, so every batch is a varied one. The first
-    is cut in two, so that what a trial shows is known before the rest is asked.
+    Seeds come in an order shuffled by hash, so every batch is a varied one.
+
+    :param needed: prompts that are still wanted, asked before every batch; a batch is
+        no larger, for the last one would be answered in vain
     """
 
     def place(seed: Seed) -> str:
@@ -214,13 +214,11 @@ def batches(seeds: Sequence[Seed], settings: Settings) -> Iterator[list[Task]]:
 
     ordered = sorted(seeds, key=place)
     for round_index in range(MAX_ROUNDS):
-        for start in range(0, len(ordered), settings.batch_size):
-            part = ordered[start : start + settings.batch_size]
-            tasks = [Task(seed, round_index) for seed in part]
-            if start == round_index == 0 and len(tasks) > TRIAL_PROMPTS:
-                yield tasks[:TRIAL_PROMPTS]
-                tasks = tasks[TRIAL_PROMPTS:]
-            yield tasks
+        tasks = [Task(seed, round_index) for seed in ordered]
+        while tasks:
+            size = min(settings.batch_size, needed())
+            yield tasks[:size]
+            del tasks[:size]
 
 
 def fits(prompt: Prompt, context: int | None, settings: Settings) -> bool:

@@ -30,6 +30,9 @@ from llmc_faq_slider.faq.settings import TRIAL_PROMPTS, Settings
 from llmc_faq_slider.faq.store import CalibrationSet, Store, content_key
 from llmc_faq_slider.faq.writer import Writer
 
+#: prompts of the last batches over those that the answers so far ask for
+SPARE = 1.2
+
 
 def regenerate(
     seeds: Sequence[Seed],
@@ -123,19 +126,31 @@ def _collect(
     referee = Referee(talk, settings, check)
     outcome = referee.outcome
     wanted = math.ceil(settings.token_budget * settings.oversample)
-    # Until a batch has shown better: answers fill half of what they may.
-    tokens_per_prompt = settings.sampling.max_new_tokens / 2
-    done, on_trial = 0, True
-    for batch in batches(seeds, settings):
-        left = max(0, wanted - outcome.tokens) / tokens_per_prompt
-        bar.total = math.ceil(bar.n + max(left, len(batch)) * settings.num_candidates)
+    on_trial = True
+
+    def prompts_left() -> float:
+        # Until a batch has shown better: answers fill half of what they may.
+        each = settings.sampling.max_new_tokens / 2
+        answered = outcome.counts["prompts_answered"]
+        if outcome.tokens:
+            each = outcome.tokens / answered
+        return max(0, wanted - outcome.tokens) / each
+
+    def needed() -> int:
+        count = math.ceil(SPARE * prompts_left()) + 1
+        return min(count, TRIAL_PROMPTS) if on_trial else count
+
+    for batch in batches(seeds, settings, needed):
+        if batch[0].round and not outcome.counts["prompts_answered"]:
+            break
+        answers = max(prompts_left(), len(batch)) * settings.num_candidates
+        bar.total = math.ceil(bar.n + answers)
         bar.set_description(f"FAQ: {outcome.tokens:.0f} of {wanted} tokens")
         _answer(batch, settings, writer, referee)
-        done += len(batch)
-        tokens_per_prompt = outcome.tokens / done or tokens_per_prompt
+        answered = outcome.counts["prompts_answered"]
         if outcome.tokens >= wanted:
             break
-        if on_trial and outcome.counts["prompts_answered"] >= TRIAL_PROMPTS:
+        if on_trial and answered >= TRIAL_PROMPTS:
             referee.check_trial()
             on_trial = False
     referee.check_budget(wanted, batch[0].round + 1)

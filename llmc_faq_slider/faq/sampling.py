@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llmc_faq_slider.context import context_length
+from llmc_faq_slider.faq.decoding import grouped_queries, in_place
 from llmc_faq_slider.faq.settings import Sampling
 from llmc_faq_slider.products import multiplied_in, product_dtype
 
@@ -77,9 +78,10 @@ def sample_batch(
     logprobs: list[list[float]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     cache: Cache | None = None
+    dtype = product_dtype("auto", device)
 
     for step in range(steps):
-        with multiplied_in(product_dtype("auto", device), device):
+        with multiplied_in(dtype, device), grouped_queries(device):
             output = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -88,7 +90,9 @@ def sample_batch(
                 use_cache=True,
                 logits_to_keep=1,
             )
-        cache = output.past_key_values
+        if cache is None:
+            cache = output.past_key_values
+            in_place(cache, device)
         picked, logprob = pick(output.logits[:, -1], uniforms[rows, step], sampling)
         for row, index, value in zip(
             rows, picked.tolist(), logprob.tolist(), strict=True

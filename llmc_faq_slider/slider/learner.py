@@ -9,6 +9,8 @@ follow from these and from the model by the same computations as before, so that
 that goes on ends with the same bits.
 """
 
+from functools import partial
+
 import torch
 from loguru import logger
 from torch import Tensor
@@ -82,11 +84,13 @@ def learn_windows(
     :raises ValueError: if the full-precision layers' output is not finite
     :raises MemoryError: if a step with one row does not fit
     """
+    limit = limit or RowLimit(settings.batch_size)
     places: dict[int, list[Place]] = {}
     inexact: dict[int, list[Place]] = {}
     for index in grids:
         if learns_channel_scales(grids[index], settings):
-            places[index], inexact[index] = exact_places(calls, index, grids[index])
+            tried = partial(exact_places, calls, index, grids[index])
+            places[index], inexact[index] = RowLimit(1, limit.advice).run(tried)
     said = left_out(inexact)
 
     def student(index: int, importance: dict[str, Tensor]) -> StudentLayer:
@@ -99,7 +103,7 @@ def learn_windows(
         grids,
         student,
         tokens or CountedTokens.all([row.shape[1] for row in hidden]),
-        limit or RowLimit(settings.batch_size),
+        limit,
     )
     walk = _Walk(decoder, windows, settings, commit, saved, stop or StopRequest())
     learned = walk.run(hidden)

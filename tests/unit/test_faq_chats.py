@@ -205,7 +205,7 @@ def test_fallbacks_beyond_the_limit_are_replaced(tokenizer, scribe, tmp_path) ->
         return Draw([7] * 20, False, [-1.0]) if fails else scribe.random(request)
 
     scribe.write = poor
-    settings = replace(SETTINGS, batch_size=20, retries=1)
+    settings = replace(SETTINGS, batch_size=20, retries=1, num_samples=5)
     result = run(tokenizer, scribe, tmp_path, settings, seeds)
     counts = result.manifest["counts"]
     assert counts["prompts_fallback"] + counts["prompts_dropped"] == 4

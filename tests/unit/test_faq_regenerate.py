@@ -259,9 +259,34 @@ def test_a_prompt_longer_than_the_context_is_left_out(
     tokenizer, scribe, tmp_path
 ) -> None:
     seeds = [*SEEDS, Seed("prompt", text="long " * 300)]
-    settings = replace(SETTINGS, batch_size=11, num_samples=1)
+    settings = replace(SETTINGS, batch_size=11, num_samples=8)
     result = run(tokenizer, scribe, tmp_path, settings, seeds, context_length=200)
     assert result.manifest["counts"]["prompts_too_long"] == 1
+
+
+def test_only_prompts_that_are_too_long_are_named_as_such(
+    tokenizer, scribe, tmp_path
+) -> None:
+    seeds = [Seed("prompt", text=f"{i} long " * 300) for i in range(5)]
+    with pytest.raises(RegenerationError, match="all 5 prompts are too long"):
+        run(tokenizer, scribe, tmp_path, seeds=seeds, context_length=200)
+
+
+def test_seeds_that_stand_in_are_no_yield(tokenizer, scribe, tmp_path) -> None:
+    scribe.write = babble(scribe.end_id)
+    settings = replace(SETTINGS, max_fallback_fraction=1.0, num_samples=64)
+    seeds = [Seed("text", text=f"a passage number {i}. " * 8) for i in range(40)]
+    with pytest.raises(RegenerationError, match="hopeless"):
+        run(tokenizer, scribe, tmp_path, settings, seeds)
+
+
+def test_no_more_prompts_are_answered_than_needed(tokenizer, scribe, tmp_path) -> None:
+    settings = replace(SETTINGS, num_candidates=1, batch_size=64, num_samples=40)
+    seeds = [Seed("prompt", text=f"prompt number {i}") for i in range(300)]
+    result = run(tokenizer, scribe, tmp_path, settings, seeds)
+    counts = result.manifest["counts"]
+    needed = settings.token_budget / (counts["tokens_selected"] / counts["selected"])
+    assert needed <= counts["prompts_answered"] < needed + 10
 
 
 def test_a_base_model_continues_text(small_model, scribe, tmp_path) -> None:
@@ -319,11 +344,11 @@ def test_reasoning_is_asked_for_in_words_only_where_told(tokenizer, scribe) -> N
 
 def test_batches_do_not_depend_on_seed_order() -> None:
     def first(seeds):
-        return next(batches(seeds, SETTINGS))
+        return next(batches(seeds, SETTINGS, lambda: 8))
 
     assert first(SEEDS) == first(SEEDS[::-1])
     assert len(first(SEEDS)) == 4
-    assert first(SEEDS) != next(batches(SEEDS, replace(SETTINGS, seed=1)))
+    assert first(SEEDS) != next(batches(SEEDS, replace(SETTINGS, seed=1), lambda: 8))
 
 
 def test_sampling_prefers_given_then_own_then_default(tokenizer, scribe) -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmc_faq_slider.faq import decoding
 from llmc_faq_slider.faq.sampling import Draw, pick, sample_batch
 from llmc_faq_slider.faq.scoring import mean_logprobs
 from llmc_faq_slider.faq.settings import Sampling
@@ -91,3 +94,65 @@ def test_scores_equal_an_unpadded_forward(model) -> None:
     by_hand = sum(float(logprobs[0, start + i, t]) for i, t in enumerate(answer)) / 3
     both = mean_logprobs(model, PROMPTS[:2], [[9, 9, 9, 9], answer])
     assert both[1] == pytest.approx(by_hand, abs=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_decoding_by_group_computes_what_torch_computes(
+    small_model, implementation
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        small_model, dtype=torch.float32, attn_implementation=implementation
+    ).eval()
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    draws = sample_batch(model, PROMPTS, [1, 2, 3], SAMPLING, set())
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    for prompt, draw in zip(PROMPTS, draws, strict=True):
+        ids = torch.tensor([[*prompt, *draw.ids]])
+        with torch.no_grad():
+            logprobs = model(ids, use_cache=False).logits.float().log_softmax(-1)
+        told = logprobs[0, len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])
+        torch.testing.assert_close(
+            torch.tensor(draw.logprobs), told[:, 0], atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_one_query_attends_as_sdpa_does(mask) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, h, t, 8) for h, t in ((6, 1), (2, 9), (2, 9)))
+    kept = torch.rand(3, 1, 1, 9) > 0.3
+    kept[..., 0] = True
+    given = {
+        None: None,
+        "bool": kept,
+        "additive": torch.zeros(kept.shape).masked_fill(~kept, -1e30),
+    }[mask]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.3)
+    found, _ = decoding._attend(module, query, key, value, given, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cache_that_grows_in_place_holds_what_a_growing_one_holds() -> None:
+    torch.manual_seed(0)
+
+    def states(rows, tokens):
+        return torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 4)
+
+    plain, roomy = DynamicCache(), DynamicCache()
+    first = states(3, 5)
+    for cache in (plain, roomy):
+        cache.update(*first, 0)
+    decoding.in_place(roomy, torch.device("cpu"))
+    rows = 3
+    for step in range(150):
+        if step == 70:
+            rows = 2
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor([0, 2]))
+        new = states(rows, 1)
+        expected, found = plain.update(*new, 0), roomy.update(*new, 0)
+        assert all(map(torch.equal, expected, found))
+    assert plain.get_seq_length() == roomy.get_seq_length() == 155
