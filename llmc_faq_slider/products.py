@@ -1,6 +1,7 @@
 """In which dtype a device multiplies: the faster one, in every product that is made."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -84,7 +85,7 @@ class _InFloat32(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._schema.name not in _PRODUCTS or "out" in kwargs:
+        if not _is_product(func) or "out" in kwargs:
             return func(*args, **kwargs)
         narrow = next((x.dtype for x in args if _is_narrow(x)), None)
         if narrow is None:
@@ -98,6 +99,11 @@ class _InFloat32(TorchDispatchMode):
             # The logarithms of its sums are float32 in any case.
             return result[0].to(narrow), result[1]
         return tuple(x if x is None else x.to(narrow) for x in result)
+
+
+@cache
+def _is_product(func: Any) -> bool:
+    return func._schema.name in _PRODUCTS
 
 
 def _is_narrow(x: Any) -> bool:

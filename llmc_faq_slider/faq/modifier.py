@@ -26,6 +26,7 @@ from llmc_faq_slider.host.calibration_data import (
     full_precision,
     plain_weights,
 )
+from llmc_faq_slider.host.saved_keys import save_experts_as_read
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.processes import refuse_many_processes
 
@@ -123,6 +124,7 @@ class FAQModifier(FAQOptions, Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Put the loader back as it was."""
         make_recipe_loadable()
+        save_experts_as_read(state.model)
         if self._handoff is not None:
             self._handoff.release()
             self._handoff = None

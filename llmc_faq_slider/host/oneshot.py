@@ -15,6 +15,7 @@ from llmc_faq_slider.files import exclusive, room_error
 from llmc_faq_slider.host.datasets import keep_short_rows, resolve_dataset
 from llmc_faq_slider.host.findings import errors
 from llmc_faq_slider.host.inputs import OUTPUT_REMEDY, check_output, wrong_inputs
+from llmc_faq_slider.host.read_back import read_back
 from llmc_faq_slider.host.recipe_lint import lint_recipe
 from llmc_faq_slider.host.run_report import write_run_report
 from llmc_faq_slider.host.saved_config import mend_saved_config
@@ -36,7 +37,8 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
     is about to write, and a start as one of several processes. ``dataset`` may also be
     a local file or folder, and a folder that ``llmc-faq-slider regenerate`` wrote;
     ``splits`` cuts what is already loaded, too. Beside the checkpoint in ``output_dir``
-    lies the run's report, ``llmc_faq_slider.json``.
+    lies the run's report, ``llmc_faq_slider.json``. What was written is read back
+    without its weights; who cannot read it is named in the log and in the report.
 
     :raises ValueError: with one sentence or two per finding, or when the folder's rows
         are missing or damaged
@@ -73,7 +75,7 @@ def oneshot(*args: Any, **kwargs: Any) -> Any:
             if output is not None:
                 folder = Path(output, given.get("stage") or "")
                 mend_saved_config(folder, model)
-                write_run_report(folder)
+                write_run_report(folder, read_back(folder, model))
             if clear:
                 reset_session()
             return model

@@ -20,11 +20,12 @@ __all__ = ["RUN_REPORT", "write_run_report"]
 RUN_REPORT = "llmc_faq_slider.json"
 
 
-def write_run_report(folder: Path) -> None:
+def write_run_report(folder: Path, read_back: list[str]) -> None:
     """
     Write what the stages of the last run report; remove what an earlier run wrote.
 
     :param folder: that of the checkpoint
+    :param read_back: what differs when the checkpoint is read
     """
     recipe = active_session().lifecycle.recipe
     stages = [
@@ -33,6 +34,9 @@ def write_run_report(folder: Path) -> None:
         if isinstance(modifier, FAQModifier | SliderQuantModifier)
     ]
     if stages:
-        write_json(folder / RUN_REPORT, {"versions": versions(), "stages": stages})
+        write_json(
+            folder / RUN_REPORT,
+            {"versions": versions(), "stages": stages, "read_back": read_back},
+        )
     else:
         (folder / RUN_REPORT).unlink(missing_ok=True)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.utils import is_match
 from loguru import logger
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmc_faq_slider.files import write_json
 
-__all__ = ["mend_saved_config"]
+__all__ = ["config_differences", "mend_saved_config"]
 
 # What a save changes by itself, and what tells where a config came from.
 _OWN = {
@@ -41,11 +42,11 @@ def mend_saved_config(folder: Path, model: PreTrainedModel) -> None:
     if not path.is_file():
         return
     written = json.loads(path.read_text("utf-8"))
-    changed = _changed(folder, model)
+    changed = config_differences(folder, model)
     if changed:
         _merge(written, changed)
         write_json(path, written)
-        if _changed(folder, model):
+        if config_differences(folder, model):
             # Older names of the same fields stand in the way.
             whole = model.config.to_dict()
             whole.pop("quantization_config", None)
@@ -64,7 +65,7 @@ def mend_saved_config(folder: Path, model: PreTrainedModel) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _changed(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+def config_differences(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """Fields of the model's config that a reader of the folder would get otherwise."""
     return _difference(
         *(
@@ -100,17 +101,16 @@ def _merge(written: dict[str, Any], changed: Mapping[str, Any]) -> None:
 
 
 def _complete_ignore(quantized: dict[str, Any], model: nn.Module) -> bool:
-    """Add linears that were left out and whose class the list does not cover."""
+    """Add linears that a reader would take for quantised, and that are not."""
+    groups = quantized.get("config_groups", {}).values()
+    targets = [target for group in groups for target in group.get("targets", [])]
     ignore = quantized.setdefault("ignore", [])
-    known = set(ignore)
     missing = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and getattr(module, "quantization_scheme", None) is None
-        and name not in known
+        and is_match(name, module, targets, ignore)
     ]
-    if any(entry.startswith("re:") for entry in ignore) or not missing:
-        return False
     ignore += missing
-    return True
+    return bool(missing)

@@ -44,6 +44,7 @@ from llmc_faq_slider.host.run_identity import (
     stage_folder,
     stage_position,
 )
+from llmc_faq_slider.host.saved_keys import save_experts_as_read
 from llmc_faq_slider.host.saved_recipe import make_recipe_loadable
 from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
@@ -304,6 +305,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         make_recipe_loadable()
+        save_experts_as_read(state.model)
         return True
 
     def _learn(
