@@ -65,9 +65,6 @@ def _differences(folder: Path, model: PreTrainedModel) -> list[str]:
         said.append(
             f"{_READER} leaves out {_named(info['unexpected_keys'])} of {folder}."
         )
-    if info["mismatched_keys"]:
-        keys = [str(key[0]) for key in info["mismatched_keys"]]
-        said.append(f"{_READER} finds other shapes for {_named(keys)} of {folder}.")
     changed = config_differences(folder, model)
     if changed:
         said.append(
