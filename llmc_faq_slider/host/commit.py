@@ -46,7 +46,7 @@ class LayerCommits:
             f"{name}.{tensor}"
             for name, linear in folded.linears.items()
             for tensor in (*WRITTEN, *(["bias"] if linear.bias is not None else []))
-        ] + [f"{name}.weight" for name in folded.norms]
+        ] + [*folded.plain]
         self._note(index, folded.linears)
 
     def _note(self, index: int, linears: Mapping[str, FoldedLinear]) -> None:
@@ -100,13 +100,13 @@ def _tensor(layer: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def commit_layer(layer: nn.Module, folded: FoldedLayer) -> None:
-    """Write folded linears and norms of one decoder layer into its modules."""
+    """Write a folded decoder layer into its modules."""
     for name, linear in folded.linears.items():
         commit_linear(layer.get_submodule(name), linear)
-    for name, weight in folded.norms.items():
-        norm = layer.get_submodule(name)
-        assert isinstance(norm.weight, Tensor)
-        update_offload_parameter(norm, "weight", weight.to(norm.weight.dtype))
+    for name, tensor in folded.plain.items():
+        module, _, last = name.rpartition(".")
+        stored = tensor.to(_tensor(layer, name).dtype)
+        update_offload_parameter(layer.get_submodule(module), last, stored)
 
 
 @torch.no_grad()

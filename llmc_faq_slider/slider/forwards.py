@@ -15,6 +15,7 @@ __all__ = [
     "replaced_forwards",
     "same_arguments",
     "same_output",
+    "shadowed_weight",
     "split_hidden",
 ]
 
@@ -74,6 +75,16 @@ def same_output(one: Tensor, other: Tensor, exactly: bool = False) -> bool:
         eps = torch.finfo(one.dtype).eps
         return bool(error.abs().max() <= FEW_ROUNDINGS * eps * other.abs().max())
     return bool(error.square().sum() <= SAME_OUTPUT * other.square().sum())
+
+
+@contextmanager
+def shadowed_weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Have a module compute with another weight; its parameter stays as it is."""
+    module.__dict__["weight"] = weight
+    try:
+        yield
+    finally:
+        del module.__dict__["weight"]
 
 
 @contextmanager

@@ -171,29 +171,46 @@ class ChannelScale:
     share its scales, since all of them read the same rows of the producer.
 
     :param start: where the scales start, fp32 ``[channels]``, one per output channel
-        of the producer
-    :param head_dim: channels per head for v→o; None for up→down
+        of the producer that is scaled
+    :param head_dim: channels per head where query heads share value heads
     :param repeats: query heads per value head
+    :param outputs: output channels of the producer
+    :param channels: indices of those that are scaled
     """
 
     kind: Kind = "channel_scale"
 
-    def __init__(self, start: Tensor, head_dim: int | None, repeats: int):
+    def __init__(
+        self,
+        start: Tensor,
+        head_dim: int | None,
+        repeats: int,
+        outputs: int,
+        channels: list[int],
+    ):
         self.start = start
         self.factor = torch.ones_like(start).requires_grad_()
         self.head_dim = head_dim
         self.repeats = repeats
+        self.outputs = outputs
+        self.channels = torch.tensor(channels, device=start.device)
 
     def parameters(self) -> list[Tensor]:
         return [self.factor]
 
-    def divisor(self) -> Tensor:
-        """What the producer's rows are divided by, ``[channels]``."""
+    def scale(self) -> Tensor:
         return self.start * floored(self.factor)
+
+    def divisor(self) -> Tensor:
+        """What the producer's rows are divided by, ``[outputs]``."""
+        scale = self.scale()
+        if len(scale) == self.outputs:
+            return scale
+        return scale.new_ones(self.outputs).index_copy(0, self.channels, scale)
 
     def multiplier(self) -> Tensor:
         """What the consumer's columns are multiplied by, ``[channels * repeats]``."""
-        scale = self.divisor()
+        scale = self.scale()
         if self.head_dim is None:
             return scale
         heads = scale.unflatten(0, (-1, self.head_dim))
@@ -202,11 +219,11 @@ class ChannelScale:
 
 class NormChannelScale:
     """
-    Scale per channel between an RMSNorm and the linears that read it.
+    Scale per channel between a norm and the linears that read it.
 
-    The norm's gain is divided by it. The divided gain is rounded to the dtype in which
-    the norm is stored, and the consumers are multiplied by what that rounding left, so
-    that storing the fold changes nothing.
+    The norm's gain, and a LayerNorm's bias, are divided by it. The divided gain is
+    rounded to the dtype in which the norm is stored, and the consumers are multiplied
+    by what that rounding left, so that storing the fold changes nothing.
 
     :param stored: the norm's ``weight`` parameter ``[hidden]``
     :param offset: what the norm adds to its stored weight: 1 for Gemma, else 0

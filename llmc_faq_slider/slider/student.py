@@ -8,7 +8,7 @@ is the full-precision teacher.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmc_faq_slider.slider.forwards import replaced_forwards, shadowed_weight
 from llmc_faq_slider.slider.learnables import (
     ChannelScale,
     Clipping,
@@ -25,9 +26,8 @@ from llmc_faq_slider.slider.learnables import (
     RoundingOffset,
     smoothing_start,
 )
-from llmc_faq_slider.slider.places import Place, norm_offset
+from llmc_faq_slider.slider.places import Place, norm_offset, stored_weight
 from llmc_faq_slider.slider.quantizer import ActivationGrid, WeightGrid
-from llmc_faq_slider.slider.stream import replaced_forwards
 
 __all__ = [
     "FoldedLayer",
@@ -71,10 +71,13 @@ class FoldedLinear:
 
 @dataclass
 class FoldedLayer:
-    """Folded tensors by submodule name; ``norms`` holds new stored norm weights."""
+    """
+    What a layer's checkpoint stores: quantised linears by name, and in ``plain`` the
+    new tensors of norms and of linears that stay unquantised.
+    """
 
     linears: dict[str, FoldedLinear]
-    norms: dict[str, Tensor]
+    plain: dict[str, Tensor]
 
 
 class StudentLinear:
@@ -181,6 +184,7 @@ class StudentLayer:
         }
         self.norm_scales: dict[str, NormChannelScale] = {}
         self.channel_scales: list[ChannelScale] = []
+        self.readers: dict[str, ChannelScale | NormChannelScale] = {}
         for place in places:
             self._add_scale(place, smoothing_strength)
         for linear in self.linears.values():
@@ -188,40 +192,47 @@ class StudentLayer:
 
     def _add_scale(self, place: Place, strength: float | Literal["auto"]) -> None:
         scale: ChannelScale | NormChannelScale
-        consumers = [self.linears[name] for name in place.consumers]
-        importance = consumers[0].importance
+        source = self.layer.get_submodule(place.source)
+        consumers = [self.linears[n] for n in place.consumers if n in self.linears]
+        readers = {
+            name: self.layer.get_submodule(name)
+            for name in place.consumers
+            if name not in self.linears
+        }
+        importance = _mean_square(consumers)
         weights = [consumer.weight for consumer in consumers]
+        weights += [stored_weight(reader).float() for reader in readers.values()]
         if strength == "auto":
             few_bits = consumers[0].grids.few_bit_input
             strength = FEW_BITS_STRENGTH if few_bits else 0.0
         if place.source_is_norm:
-            norm = self.layer.get_submodule(place.source)
-            offset = norm_offset(norm)
-            if offset is None:
-                return
-            assert isinstance(norm.weight, Tensor)
+            offset = norm_offset(source)
+            assert offset is not None
             scale = self.norm_scales[place.source] = NormChannelScale(
-                norm.weight, offset, smoothing_start(importance, weights, strength)
+                stored_weight(source),
+                offset,
+                smoothing_start(importance, weights, strength),
             )
         else:
             producer = self.linears[place.source]
-            repeats = len(importance) // len(producer.weight)
-            head_dim = None
-            if place.source.endswith("v_proj"):
-                head_dim = self.layer.get_submodule("self_attn").head_dim
+            channels = place.channels(len(producer.weight))
+            repeats = len(importance) // len(channels)
+            if place.head_dim is not None:
                 # Query heads that share a value head share its scales.
-                heads = (-1, repeats, head_dim)
+                heads = (-1, repeats, place.head_dim)
                 importance = importance.unflatten(0, heads).mean(1).flatten()
                 weights = [weights[0].unflatten(1, heads).abs().amax(2).flatten(1)]
-            scale = ChannelScale(
+            scale = producer.output_scale = ChannelScale(
                 smoothing_start(importance, weights, strength),
-                head_dim,  # type: ignore[arg-type]
+                place.head_dim,
                 repeats,
+                len(producer.weight),
+                channels,
             )
-            producer.output_scale = scale
             self.channel_scales.append(scale)
-        for name in place.consumers:
-            self.linears[name].input_scale = scale
+        for consumer in consumers:
+            consumer.input_scale = scale
+        self.readers |= dict.fromkeys(readers, scale)
 
     def learnables(self) -> list[Learnable]:
         found: list[Learnable] = [*self.norm_scales.values(), *self.channel_scales]
@@ -271,18 +282,18 @@ class StudentLayer:
             linear.module: quantized_forward(linear, ratio, dtype, inputs, as_served)
             for linear in self.linears.values()
         }
-        handles = []
-        for name, norm_scale in self.norm_scales.items():
-            norm = self.layer.get_submodule(name)
-            handles.append(
-                norm.register_forward_hook(divide_output(norm_scale.multiplier()))
-            )
-        try:
-            with replaced_forwards(forwards):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for name, norm_scale in self.norm_scales.items():
+                norm = self.layer.get_submodule(name)
+                hook = divide_output(norm_scale.multiplier())
+                stack.callback(norm.register_forward_hook(hook).remove)
+            for name, scale in self.readers.items():
+                reader = self.layer.get_submodule(name)
+                weight = stored_weight(reader).float() * scale.multiplier()
+                stored = weight.to(stored_weight(reader).dtype)
+                stack.enter_context(shadowed_weight(reader, stored))
+            stack.enter_context(replaced_forwards(forwards))
+            yield
 
     @torch.no_grad()
     def fold(self) -> FoldedLayer:
@@ -294,8 +305,25 @@ class StudentLayer:
             if linear.rounding is not None:
                 weight, _ = linear.quantized(1.0, as_served=False)
             linears[name] = FoldedLinear(weight, bias, scale, zero_point)
-        norms = {name: scale.folded() for name, scale in self.norm_scales.items()}
-        return FoldedLayer(linears, norms)
+        plain = {}
+        for name, norm_scale in self.norm_scales.items():
+            plain[f"{name}.weight"] = norm_scale.folded()
+            bias = getattr(self.layer.get_submodule(name), "bias", None)
+            if bias is not None:
+                plain[f"{name}.bias"] = bias.float() / norm_scale.multiplier()
+        for name, reader_scale in self.readers.items():
+            weight = stored_weight(self.layer.get_submodule(name)).float()
+            plain[f"{name}.weight"] = weight * reader_scale.multiplier()
+        return FoldedLayer(linears, plain)
+
+
+def _mean_square(consumers: Sequence[StudentLinear]) -> Tensor:
+    """Of the inputs that all consumers read, of which an expert sees a part."""
+    found: list[Tensor] = []
+    for consumer in consumers:
+        if not any(torch.equal(consumer.importance, known) for known in found):
+            found.append(consumer.importance)
+    return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
 
 class QuantizedInputs:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.unit
 MIB = 2**20
 
 
-def learn(model, limit, room=None):
+def learn(model, limit, room=None, channel_scales=False):
     """Losses, with a device that has room for so many rows in one pass."""
     layers = list(model.model.layers)
     hidden, calls = capture_decoder(model, layers, rows_of([16] * 8), CPU)
@@ -45,7 +45,12 @@ def learn(model, limit, room=None):
         hidden,
         {i: dict.fromkeys(LINEARS, grids) for i in range(len(layers))},
         window_schedule(len(layers)),
-        settings(batch_size=8, epochs=6, rounding_travel=0.0),
+        settings(
+            batch_size=8,
+            epochs=6,
+            rounding_travel=0.0,
+            channel_scales=channel_scales,
+        ),
         CPU,
         lambda index, folded: None,
         limit=limit,
@@ -96,9 +101,10 @@ def test_smaller_pieces_have_the_same_gradients(room):
     torch.testing.assert_close(weight.grad, expected)
 
 
-def test_one_row_that_does_not_fit_ends_with_advice(model):
+@pytest.mark.parametrize("channel_scales", [True, False])
+def test_one_row_that_does_not_fit_ends_with_advice(model, channel_scales):
     with pytest.raises(MemoryError, match="does not fit.*Take a larger device"):
-        learn(model, RowLimit(8), room=0)
+        learn(model, RowLimit(8), room=0, channel_scales=channel_scales)
 
 
 def test_what_cannot_be_deterministic_is_done_all_the_same():

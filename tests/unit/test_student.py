@@ -63,6 +63,18 @@ def random_model(name):
     return model
 
 
+def places_of(layer, linears):
+    """Where scales fold: what a test of its own shows to be read is given here."""
+    before_mlp = "pre_feedforward_layernorm"
+    if not hasattr(layer, before_mlp):
+        before_mlp = "post_attention_layernorm"
+    readers = {
+        "input_layernorm": [f"self_attn.{name}_proj" for name in "qkv"],
+        before_mlp: ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    return [ways[0] for ways in fold_places(layer, linears, readers)]
+
+
 def student_of(
     layer, weight_grid, input_grid=None, rank=4, rounding=True, strength=0.5
 ):
@@ -72,7 +84,7 @@ def student_of(
         for name in LINEARS
     }
     generator = torch.Generator().manual_seed(1)
-    places = fold_places(layer, set(LINEARS))
+    places = places_of(layer, set(LINEARS))
     return StudentLayer(
         layer, grids, importance, rank, rounding, places, strength, generator
     )
@@ -104,8 +116,8 @@ def write_folded(layer, folded, grids):
         module.weight.copy_(grid.multiplied(stored, linear.scale))
         if linear.bias is not None:
             module.bias.copy_(linear.bias)
-    for name, weight in folded.norms.items():
-        layer.get_submodule(name).weight.copy_(weight)
+    for name, tensor in folded.plain.items():
+        layer.get_parameter(name).copy_(tensor)
 
 
 def with_quantized_inputs(layer, grids):
@@ -171,8 +183,8 @@ def test_channel_scales_alone_leave_full_precision_logits_unchanged(name):
                 module.weight.copy_(linear.weight)
                 if linear.bias is not None:
                     module.bias.copy_(linear.bias)
-            for norm, weight in folded.norms.items():
-                layer.get_submodule(norm).weight.copy_(weight)
+            for name, tensor in folded.plain.items():
+                layer.get_parameter(name).copy_(tensor)
     with torch.no_grad():
         after = model(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -219,20 +231,26 @@ def test_start_is_the_full_precision_layer_at_ratio_zero():
     torch.testing.assert_close(learner, teacher)
 
 
-def test_places_need_all_their_linears():
+def test_places_need_a_linear_of_this_stage_and_none_of_another():
     layer = random_model("llama").model.layers[0]
-    assert len(fold_places(layer, set(LINEARS))) == 4
+    assert len(places_of(layer, set(LINEARS))) == 4
     attention = {name for name in LINEARS if name.startswith("self_attn")}
-    assert {p.source for p in fold_places(layer, attention)} == {
-        "input_layernorm",
-        "self_attn.v_proj",
-    }
-    assert [p.source for p in fold_places(layer, {"mlp.down_proj"})] == []
+    sources = {"input_layernorm", "self_attn.v_proj"}
+    assert {p.source for p in places_of(layer, attention)} == sources
+    assert places_of(layer, {"mlp.down_proj"}) == []
+    layer.self_attn.q_proj.quantization_scheme = "of another stage"
+    assert {p.source for p in places_of(layer, attention)} == sources
+    left = attention - {"self_attn.q_proj"}
+    assert {p.source for p in places_of(layer, left)} == {"self_attn.v_proj"}
 
 
 def test_norms_that_hold_no_plain_gain_get_no_scale():
-    assert norm_offset(nn.LayerNorm(8)) is None
+    assert norm_offset(nn.GroupNorm(2, 8)) is None
+    assert norm_offset(nn.BatchNorm1d(8)) is None
     assert norm_offset(nn.Identity()) is None
+    shifted = nn.LayerNorm(8)
+    nn.init.normal_(shifted.weight), nn.init.normal_(shifted.bias)
+    assert norm_offset(shifted) == 0.0
     assert norm_offset(random_model("llama").model.layers[0].input_layernorm) == 0.0
     assert norm_offset(random_model("gemma3").model.layers[0].input_layernorm) == 1.0
 
