@@ -69,10 +69,7 @@ from llmc_faq_slider.report.server import Server, serve
 TESTS = ROOT / "tests"
 
 #: selectors of the arms whose candidates a generator writes
-SELECTORS = (
-    *("expert_nll", "typical", "target_nll"),
-    *("expert_judge", "longest", "random"),
-)
+SELECTORS = ("expert_nll", "expert_judge", "random")
 PASSAGE_WORDS = 120
 
 
@@ -115,11 +112,9 @@ def families(smollm2: str) -> dict[str, Family]:
         None,
         *(16, 256, 128, 3, 24),
         methods,
-        # The target is its own expert here, which makes target_nll the same as
-        # expert_nll.
         (
             *(*own, "prompts:single", "prompts:reasoned", "prompts"),
-            *(f"prompts:{name}" for name in others if name != "target_nll"),
+            *(f"prompts:{name}" for name in others),
         ),
         ("answers",),
     )

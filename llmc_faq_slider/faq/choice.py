@@ -43,7 +43,6 @@ def choose(
     queued: Sequence[Sequence[Pick]],
     asked: Counter[str],
     budget: int,
-    preferred: Sequence[int] | None = None,
 ) -> list[Pick]:
     """Take picks until they hold ``budget`` tokens, each source in its proportion.
 
@@ -54,11 +53,10 @@ def choose(
     not fill the budget, and no selector may ask for more answers than another.
 
     :param asked: prompts by source
-    :param preferred: queues in the order in which they should give, None for theirs
     """
     waiting: dict[str, list[Pick]] = defaultdict(list)
-    for position in range(len(queued)) if preferred is None else preferred:
-        for pick in queued[position]:
+    for queue in queued:
+        for pick in queue:
             waiting[pick.group.task.seed.source].append(pick)
     for picks in waiting.values():
         picks.sort(key=lambda pick: pick.place)

@@ -1,11 +1,9 @@
-"""Gates that read what a candidate says: refusals, language, overlap, repetition.
+"""Gates that read what a candidate says: refusals, overlap, repetition.
 
-All are ours. They know words, not meaning: the language gate tells scripts apart and,
-among Latin ones, the languages it has function words of.
+All are ours. They know words, not meaning.
 """
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -17,11 +15,6 @@ OVERLAP_WORDS = 13
 _RUN = 5
 #: characters of an answer in which a refusal shows
 _OPENING = 200
-_MIN_LETTERS = 40
-_MIN_WORDS = 20
-#: share of function words, and different ones, from which on a language is believed
-_MIN_SHARE = 0.12
-_MIN_DIFFERENT = 4
 
 _REFUSAL = re.compile(
     r"\b(i(?:'|’)?m (?:sorry|afraid|unable)|i am (?:sorry|afraid|unable|not able)|"
@@ -33,51 +26,13 @@ _REFUSAL = re.compile(
     r"|抱歉|对不起|我无法|申し訳|죄송",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"[^\W\d_]+")
-_ANY_WORD = re.compile(r"\w+")
-_FUNCTION_WORDS = {
-    "en": "the of and to in a is that it for was with as on be by are this not or from",
-    "de": "der die und in den von zu das mit sich des auf für ist dem nicht ein eine",
-    "fr": "de la le et les des en un une du que est pour dans qui par sur pas au avec",
-    "es": "de la que el en y los del se las por un para con una no su al es lo como",
-    "it": "di e il la che in un per è una sono del con non da le si della i dei",
-    "pt": "de a o que e do da em um para com não uma os no se na por mais as",
-    "nl": "de van het een en in is dat op te zijn voor met die niet aan er om ook",
-}
-_WORDS_OF = {name: frozenset(words.split()) for name, words in _FUNCTION_WORDS.items()}
-#: scripts that one language mixes
-_ALIASES = {"HIRAGANA": "KANA", "KATAKANA": "KANA"}
+_WORD = re.compile(r"\w+")
 
 
 def is_refusal(text: str) -> bool:
     """Whether the answer, after any reasoning, opens by declining to answer."""
     said = text.rpartition(THINK_CLOSE)[2].strip()
     return _REFUSAL.search(said[:_OPENING]) is not None
-
-
-def language(text: str) -> str | None:
-    """Script of most letters, with a language code for Latin; None if unclear."""
-    letters = [c for c in text if c.isalpha()]
-    if len(letters) < _MIN_LETTERS:
-        return None
-    scripts = Counter(_script(c) for c in letters)
-    # Japanese is known by its kana, however many of its letters are Han
-    if scripts["KANA"] > len(letters) / 10:
-        return "KANA"
-    script, count = scripts.most_common(1)[0]
-    if count < 0.6 * len(letters):
-        return None
-    return _latin(text) if script == "LATIN" else script
-
-
-def same_language(prompt: str, answer: str) -> bool:
-    """False only where both are clear and differ."""
-    asked, said = language(prompt), language(answer)
-    if asked is None or said is None:
-        return True
-    if asked == "LATIN" or said == "LATIN":
-        return asked.startswith("LATIN") == said.startswith("LATIN")
-    return asked == said
 
 
 class Evaluation:
@@ -136,29 +91,8 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _latin(text: str) -> str:
-    words = [word.casefold() for word in _WORD.findall(text)]
-    if len(words) < _MIN_WORDS:
-        return "LATIN"
-    counts = Counter(words)
-    shares = sorted(
-        (sum(counts[w] for w in own) / len(words), name)
-        for name, own in _WORDS_OF.items()
-    )
-    (second, _), (first, name) = shares[-2:]
-    different = len(_WORDS_OF[name] & counts.keys())
-    clear = first >= _MIN_SHARE and first >= 1.5 * second
-    clear = clear and different >= _MIN_DIFFERENT
-    return f"LATIN {name}" if clear else "LATIN"
-
-
-def _script(letter: str) -> str:
-    first = unicodedata.name(letter, "unknown").split()[0]
-    return _ALIASES.get(first, first)
-
-
 def _word_runs(text: str) -> set[tuple[str, ...]]:
-    words = [word.casefold() for word in _ANY_WORD.findall(text)]
+    words = [word.casefold() for word in _WORD.findall(text)]
     return {
         tuple(words[i : i + OVERLAP_WORDS])
         for i in range(len(words) - OVERLAP_WORDS + 1)

@@ -144,7 +144,7 @@ class EndpointExpert:
             raise EndpointError(
                 f"the expert {self._model!r} is not known to have the target's "
                 "tokenizer, so it cannot score its ids. Name another `expert`, or "
-                "choose the selector expert_judge, random or longest."
+                "choose the selector expert_judge or random."
             )
 
         def score(prompt: Sequence[int], answer: Sequence[int]) -> float:
@@ -159,7 +159,7 @@ class EndpointExpert:
             raise EndpointError(
                 f"{self._endpoint.address.url} does not tell log-probabilities of "
                 f"prompts ({error}). Name another `expert`, or choose the selector "
-                "expert_judge, random or longest."
+                "expert_judge or random."
             ) from error
 
     def replies(

@@ -21,7 +21,6 @@ GATES = (
     "compressible",
     "repetitive",
     "refusal",
-    "language",
     "evaluation_overlap",
     "duplicate",
     "near_duplicate",

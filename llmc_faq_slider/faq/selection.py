@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from llmc_faq_slider.faq.settings import Selector
 
@@ -34,13 +33,8 @@ def ranked(
 
     Ties go to the shorter answer, then to the lower candidate number.
     """
-    middle = median(contender.score for contender in group)
 
     def measure(contender: Contender) -> float:
-        if selector == "typical":
-            return -abs(contender.score - middle)
-        if selector == "longest":
-            return float(contender.num_tokens)
         if selector == "random":
             key = f"{seed}:{contender.prompt_id}:{contender.index}"
             return float(zlib.crc32(key.encode()))
