@@ -85,8 +85,8 @@ def plan(
     valid = max(len(sizes), 1) / len(tasks)
     size = sum(sizes) / len(sizes) if sizes else settings.sampling.max_new_tokens
     missed = (1 - valid) ** settings.num_candidates
-    answered = 1 - missed ** (settings.retries + 1)
-    prompts = math.ceil(settings.token_budget / (size * answered))
+    filled = 1 - missed ** (settings.retries + 1)
+    prompts = math.ceil(settings.token_budget / (size * filled))
     tries = sum(missed**attempt for attempt in range(settings.retries + 1))
     scale = prompts * settings.num_candidates * tries / len(tasks)
     return Plan(
