@@ -56,8 +56,8 @@ from benchmarks.served import SERVE_ENV
 from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import SliderQuantModifier, oneshot
 from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
+from llmc_faq_slider.faq.choice import pack
 from llmc_faq_slider.faq.options import FAQOptions
-from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import Sample, encode, end_of_turn_id, prompt_text
 from llmc_faq_slider.faq.sampling import sample_batch

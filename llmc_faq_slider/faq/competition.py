@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmc_faq_slider.faq.content_gates import Evaluation, Seen, is_refusal
-from llmc_faq_slider.faq.gates import failed_gate
+from llmc_faq_slider.faq.gates import Evaluation, Seen, failed_gate, is_refusal
 from llmc_faq_slider.faq.plain import marks
 from llmc_faq_slider.faq.preparation import Conversation, Task, Turn, original
 from llmc_faq_slider.faq.rendering import (

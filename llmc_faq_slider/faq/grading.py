@@ -17,6 +17,7 @@ from llmc_faq_slider.faq.store import ScoreLog, Store, content_key
 _BATCH = 16
 _GRADE_TOKENS = 32
 
+#: by task and candidate number
 Scores = dict[tuple[str, int], float]
 
 
@@ -37,37 +38,30 @@ class Experts:
         return None if told or settings.selector == "random" else self.expert
 
 
-@dataclass
-class Graded:
-    """Scores by task and candidate number, and how many groups had no judge."""
-
-    scores: Scores
-    unjudged: int = 0
-
-
 def grade(
     groups: Sequence[Group],
     settings: Settings,
     experts: Experts,
     store: Store,
     candidate_key: str,
-) -> Graded:
+) -> tuple[Scores, int]:
     """Score the candidates of all groups for the selector.
 
     A group of one is not scored, and neither is one that chance decides.
 
+    :return: scores, and how many groups the judge gave no readable grades for
     :raises RegenerationError: when the selector needs an expert that is not there
     """
     contested = [group for group in groups if len(group.entrants) > 1]
     if settings.selector == "expert_judge":
         return _judged(contested, settings, experts, store, candidate_key)
     if settings.selector == "random":
-        return Graded({})
+        return {}, 0
     if experts.is_generator:
         told = _told(contested)
         if told is not None:
-            return Graded(told)
-    return Graded(_scored(contested, settings, experts, store, candidate_key))
+            return told, 0
+    return _scored(contested, settings, experts, store, candidate_key), 0
 
 
 def _told(groups: Sequence[Group]) -> Scores | None:
@@ -149,7 +143,7 @@ def _judged(
     experts: Experts,
     store: Store,
     candidate_key: str,
-) -> Graded:
+) -> tuple[Scores, int]:
     source = _need(experts.expert, settings)
     facts = {"what": judging.wording_hash(), "seed": settings.seed}
     log = store.scores(candidate_key, content_key(source.facts | facts))
@@ -160,22 +154,23 @@ def _judged(
             if expert is None:
                 expert = stack.enter_context(source.open())
             _judge_groups(missing[start : start + _BATCH], expert, settings.seed, log)
-    graded = Graded({})
+    scores: Scores = {}
+    unjudged = 0
     for group in groups:
         grades = log.get(_names(group)) or None
         if grades is None:
-            graded.unjudged += 1
+            unjudged += 1
         for place, entrant in enumerate(group.entrants):
             # without a verdict the group is decided by log-probability
             score = entrant.score or 0.0 if grades is None else grades[place]
-            graded.scores[group.task.id, entrant.index] = score
-    if graded.unjudged:
+            scores[group.task.id, entrant.index] = score
+    if unjudged:
         logger.warning(
-            f"FAQ: the judge gave no readable grades for {graded.unjudged} of "
+            f"FAQ: the judge gave no readable grades for {unjudged} of "
             f"{len(groups)} groups; they are decided by the generator's "
             "log-probabilities"
         )
-    return graded
+    return scores, unjudged
 
 
 def _judge_groups(

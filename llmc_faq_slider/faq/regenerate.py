@@ -9,18 +9,17 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmc_faq_slider.faq.choice import Pick, choose, queues
+from llmc_faq_slider.faq.choice import Pick, choose, pack, queues
 from llmc_faq_slider.faq.competition import (
     Outcome,
     Referee,
     RegenerationError,
     losses,
 )
-from llmc_faq_slider.faq.content_gates import Evaluation
+from llmc_faq_slider.faq.gates import Evaluation
 from llmc_faq_slider.faq.generators import GeneratorSource
 from llmc_faq_slider.faq.grading import Experts, grade
 from llmc_faq_slider.faq.manifest import candidate_facts, dataset_facts, manifest
-from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.plain import marks, plain_seeds
 from llmc_faq_slider.faq.preparation import Conversation, Task, batches, conversation
 from llmc_faq_slider.faq.seeds import Seed, seed_texts
@@ -84,9 +83,11 @@ def regenerate(
             writer = Writer(source, settings, talk, log, stack, bar)
             outcome = _collect(clean, settings, talk, writer, bar, check)
         outcome.counts["seeds_overlapping"] = len(plain) - len(clean)
-        graded = grade(outcome.groups, settings, experts, store, candidate_key)
-        outcome.counts["groups_unjudged"] = graded.unjudged
-        queued = queues(outcome, graded.scores, settings)
+        scores, unjudged = grade(
+            outcome.groups, settings, experts, store, candidate_key
+        )
+        outcome.counts["groups_unjudged"] = unjudged
+        queued = queues(outcome, scores, settings)
         picks = choose(queued, outcome.asked, settings.token_budget)
         input_ids, loss_mask = pack(
             [sample for pick in picks for sample in pick.samples],

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_faq_slider import FAQModifier, oneshot
 from llmc_faq_slider.faq.endpoint import Address
-from llmc_faq_slider.faq.experts import endpoint_expert
-from llmc_faq_slider.faq.scoring import mean_logprobs
+from llmc_faq_slider.faq.experts import endpoint_expert, mean_logprobs
 from llmc_faq_slider.report.server import MODEL_NAME, Server
 
 pytestmark = pytest.mark.e2e

@@ -8,15 +8,10 @@ from hypothesis import strategies as st
 
 from llmc_faq_slider.faq.choice import Pick, choose
 from llmc_faq_slider.faq.competition import Group
-from llmc_faq_slider.faq.content_gates import (
-    Evaluation,
-    Seen,
-    is_refusal,
-)
+from llmc_faq_slider.faq.gates import Evaluation, Seen, is_refusal
 from llmc_faq_slider.faq.preparation import Task
 from llmc_faq_slider.faq.rendering import Sample, join
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.selection import Contender, ranked
 
 pytestmark = pytest.mark.unit
 
@@ -69,15 +64,6 @@ def test_similarity_is_the_jaccard_index(first, second) -> None:
     seen = Seen(0.5)
     seen.add("a", "x", first)
     assert (seen.failed("b", "y", second) == "near_duplicate") is (shared > 0.5)
-
-
-def contender(index, score, truncated=False) -> Contender:
-    return Contender("p", index, 10, truncated, score)
-
-
-def test_the_best_graded_wins() -> None:
-    group = [contender(0, 12.0), contender(1, 31.5), contender(2, 40.0, True)]
-    assert [c.index for c in ranked(group, "expert_judge", 0)] == [1, 0, 2]
 
 
 def pick(source, number, place=0, size=10) -> Pick:

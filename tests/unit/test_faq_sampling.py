@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmc_faq_slider.faq.experts import mean_logprobs
 from llmc_faq_slider.faq.sampling import Draw, pick, sample_batch
-from llmc_faq_slider.faq.scoring import mean_logprobs
 from llmc_faq_slider.faq.settings import Sampling
 
 pytestmark = pytest.mark.unit
