@@ -30,7 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_shallow": {"shallow_layers": 0},
     "ratio_0.5_epochs_2": {"ratio": 0.5, "epochs": 2},
     "ratio_0.33_epochs_3": {"ratio": 1 / 3, "epochs": 3},
-    "ratio_0.5_epochs_2_sweep": {"ratio": 0.5, "epochs": 2, "stage_order": "sweep"},
     "ends_2": {"shallow_layers": 2, "deep_layers": 2},
     "ends_4": {"shallow_layers": 4, "deep_layers": 4},
     "ends_6": {"shallow_layers": 6, "deep_layers": 6},

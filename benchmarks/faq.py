@@ -56,8 +56,8 @@ from benchmarks.served import SERVE_ENV
 from benchmarks.texts import CACHE, ROOT
 from llmc_faq_slider import SliderQuantModifier, oneshot
 from llmc_faq_slider.faq.assembly import experts, generator_source, stored_target
+from llmc_faq_slider.faq.choice import pack
 from llmc_faq_slider.faq.options import FAQOptions
-from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.regenerate import regenerate
 from llmc_faq_slider.faq.rendering import Sample, encode, end_of_turn_id, prompt_text
 from llmc_faq_slider.faq.sampling import sample_batch
@@ -69,10 +69,7 @@ from llmc_faq_slider.report.server import Server, serve
 TESTS = ROOT / "tests"
 
 #: selectors of the arms whose candidates a generator writes
-SELECTORS = (
-    *("expert_nll", "typical", "target_nll"),
-    *("expert_judge", "longest", "random"),
-)
+SELECTORS = ("expert_nll", "expert_judge", "random")
 PASSAGE_WORDS = 120
 
 
@@ -115,11 +112,9 @@ def families(smollm2: str) -> dict[str, Family]:
         None,
         *(16, 256, 128, 3, 24),
         methods,
-        # The target is its own expert here, which makes target_nll the same as
-        # expert_nll.
         (
             *(*own, "prompts:single", "prompts:reasoned", "prompts"),
-            *(f"prompts:{name}" for name in others if name != "target_nll"),
+            *(f"prompts:{name}" for name in others),
         ),
         ("answers",),
     )

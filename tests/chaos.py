@@ -51,7 +51,7 @@ FIELDS = {
 VARIANTS = {
     "float32": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
-    "bfloat16, sweep": (torch.bfloat16, {"stage_order": "sweep", "ratio": 0.5}),
+    "bfloat16, two stages": (torch.bfloat16, {"ratio": 0.5}),
     "bfloat16, FAQ before it": (torch.bfloat16, {"loss_on_responses": True}),
 }
 # Gates that the tiny family's babble passes.
@@ -125,7 +125,7 @@ def where(state: Path) -> str:
     if not records:
         return "before the first state"
     progress = json.loads(records[-1].read_text())["progress"]
-    place = f"{progress['sweep']}.{progress['windows']} windows"
+    place = f"{progress['windows']} windows"
     if "window" in progress:
         place += f" and {progress['window']['step']} steps"
     if "closing" in progress:

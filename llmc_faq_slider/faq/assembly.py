@@ -21,7 +21,6 @@ from transformers import (
 from llmc_faq_slider.faq.endpoint import check_privacy, is_url
 from llmc_faq_slider.faq.endpoint_generator import endpoint_source
 from llmc_faq_slider.faq.experts import (
-    ExpertSource,
     endpoint_expert,
     loaded_expert,
     local_expert,
@@ -225,25 +224,21 @@ def experts(
     :raises ValueError: for an expert that cannot be used
     :raises EndpointError: when a server cannot be reached
     """
-    asked = options.selector in ("expert_nll", "typical", "expert_judge")
-    own = None
-    if options.selector == "target_nll" or options.oversample > 1:
-        own = _target_expert(target)
     name = options.expert
     is_generator = name == "generator" or (name == "target" == options.generator)
-    if not asked:
-        return Experts(None, is_generator, own)
+    if options.selector == "random":
+        return Experts(None, is_generator)
     if name == "generator":
         name = options.generator
     if name in ("self", "target"):
-        return Experts(_target_expert(target), is_generator, own)
+        own = loaded_expert(target.open, target.tokenizer, target.fingerprint())
+        return Experts(own, is_generator)
     if not is_url(name):
-        if is_generator and options.selector != "expert_judge":
-            # its scores came with its answers
-            return Experts(None, True, own)
         judges = options.selector == "expert_judge"
-        found = local_expert(name, target.tokenizer, judges)
-        return Experts(found, is_generator, own)
+        if is_generator and not judges:
+            # its scores came with its answers
+            return Experts(None, True)
+        return Experts(local_expert(name, target.tokenizer, judges), is_generator)
     address = options.address(name)
     check_privacy(address, private, options.allow_remote)
     model = options.generator_model if is_generator else options.expert_model
@@ -251,11 +246,7 @@ def experts(
     found = endpoint_expert(
         address, target.tokenizer, _servers(options), model, same, options.concurrency
     )
-    return Experts(found, is_generator, own)
-
-
-def _target_expert(target: Target) -> ExpertSource:
-    return loaded_expert(target.open, target.tokenizer, target.fingerprint())
+    return Experts(found, is_generator)
 
 
 def _servers(options: FAQOptions) -> Path:

@@ -1,14 +1,17 @@
-"""From scored groups to the samples of the data set."""
+"""From scored groups to the rows of the data set."""
 
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
 
 from llmc_faq_slider.faq.competition import Entrant, Group, Outcome
 from llmc_faq_slider.faq.grading import Scores
 from llmc_faq_slider.faq.prompts import Message
 from llmc_faq_slider.faq.rendering import Sample
-from llmc_faq_slider.faq.selection import Contender, ranked
 from llmc_faq_slider.faq.settings import Settings
 
 
@@ -39,11 +42,27 @@ def queues(outcome: Outcome, scores: Scores, settings: Settings) -> list[list[Pi
     return [_queue(group, scores, settings) for group in outcome.groups]
 
 
+def ranked(group: Group, scores: Scores, settings: Settings) -> list[Entrant]:
+    """Finished answers first, then by score or by chance, the best one first.
+
+    Ties go to the shorter answer, then to the lower candidate number.
+    """
+
+    def measure(entrant: Entrant) -> float:
+        if settings.selector == "random":
+            key = f"{settings.seed}:{group.task.id}:{entrant.index}"
+            return float(zlib.crc32(key.encode()))
+        return scores.get((group.task.id, entrant.index), 0.0)
+
+    return sorted(
+        group.entrants, key=lambda e: (not e.whole, -measure(e), e.num_tokens, e.index)
+    )
+
+
 def choose(
     queued: Sequence[Sequence[Pick]],
     asked: Counter[str],
     budget: int,
-    preferred: Sequence[int] | None = None,
 ) -> list[Pick]:
     """Take picks until they hold ``budget`` tokens, each source in its proportion.
 
@@ -54,11 +73,10 @@ def choose(
     not fill the budget, and no selector may ask for more answers than another.
 
     :param asked: prompts by source
-    :param preferred: queues in the order in which they should give, None for theirs
     """
     waiting: dict[str, list[Pick]] = defaultdict(list)
-    for position in range(len(queued)) if preferred is None else preferred:
-        for pick in queued[position]:
+    for queue in queued:
+        for pick in queue:
             waiting[pick.group.task.seed.source].append(pick)
     for picks in waiting.values():
         picks.sort(key=lambda pick: pick.place)
@@ -80,35 +98,56 @@ def choose(
     return chosen
 
 
+def pack(
+    samples: Sequence[Sample], num_rows: int, row_length: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shuffle whole samples, concatenate them and cut the stream into rows.
+
+    :param samples: rendered samples, in a fixed order
+    :param num_rows: rows to make (N)
+    :param row_length: tokens of each row (L)
+    :param seed: seed of the shuffle
+    :return: ``input_ids`` int32 [N, L] and ``loss_mask`` uint8 [N, L]
+    :raises ValueError: when the samples hold fewer than N x L tokens
+    """
+    total = sum(len(sample.input_ids) for sample in samples)
+    needed = num_rows * row_length
+    if total < needed:
+        raise ValueError(
+            f"packing {num_rows} rows of {row_length} tokens needs {needed} tokens, "
+            f"the samples hold {total}"
+        )
+    order = torch.randperm(
+        len(samples), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    ids = [i for index in order for i in samples[index].input_ids][:needed]
+    mask = [m for index in order for m in samples[index].loss_mask][:needed]
+    shape = (num_rows, row_length)
+    return (
+        torch.tensor(ids, dtype=torch.int32).reshape(shape),
+        torch.tensor(mask, dtype=torch.uint8).reshape(shape),
+    )
+
+
 def _queue(group: Group, scores: Scores, settings: Settings) -> list[Pick]:
     if not group.entrants:
         assert group.fallback is not None
         given = [{"role": r, "content": said} for r, said in group.task.seed.messages]
         return [Pick(group, None, 0, [group.fallback], False, None, given)]
-    contenders = [
-        Contender(
-            group.task.id,
-            entrant.index,
-            entrant.num_tokens,
-            not entrant.whole,
-            scores.get((group.task.id, entrant.index), 0.0),
-        )
-        for entrant in group.entrants
-    ]
-    order = ranked(contenders, settings.selector, settings.seed)
-    entrants = {entrant.index: entrant for entrant in group.entrants}
-    after = [*[c.score for c in order[1:]], None]
+    order = ranked(group, scores, settings)
+    told = [scores.get((group.task.id, entrant.index), 0.0) for entrant in order]
+    margins = [*[one - other for one, other in pairwise(told)], None]
     return [
         Pick(
             group,
-            contender.index,
+            entrant.index,
             place,
-            entrants[contender.index].samples,
-            contender.truncated,
-            None if following is None else contender.score - following,
-            _chat(entrants[contender.index]),
+            entrant.samples,
+            not entrant.whole,
+            margin,
+            _chat(entrant),
         )
-        for place, (contender, following) in enumerate(zip(order, after, strict=True))
+        for place, (entrant, margin) in enumerate(zip(order, margins, strict=True))
     ]
 
 

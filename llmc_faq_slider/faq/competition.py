@@ -4,13 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmc_faq_slider.faq.content_gates import (
-    Evaluation,
-    Seen,
-    is_refusal,
-    same_language,
-)
-from llmc_faq_slider.faq.gates import failed_gate
+from llmc_faq_slider.faq.gates import Evaluation, Seen, failed_gate, is_refusal
 from llmc_faq_slider.faq.plain import marks
 from llmc_faq_slider.faq.preparation import Conversation, Task, Turn, original
 from llmc_faq_slider.faq.rendering import (
@@ -33,7 +27,6 @@ _LOOSENED_BY = {
     "compressible": "max_zlib_ratio",
     "repetitive": "max_repeated_share",
     "refusal": "allow_refusals",
-    "language": "keep_language",
     "near_duplicate": "max_similarity",
 }
 
@@ -270,17 +263,10 @@ class Referee:
         return failed or self._failed_content(task, turn, text)
 
     def _failed_content(self, task: Task, turn: Turn, text: str) -> str | None:
-        gates, seed = self._settings.gates, task.seed
-        refused = [said for role, said in seed.messages if role == "assistant"]
-        if is_refusal(text) and not gates.allow_refusals:
-            if not any(is_refusal(said) for said in refused):
+        if is_refusal(text) and not self._settings.gates.allow_refusals:
+            said = [t for role, t in task.seed.messages if role == "assistant"]
+            if not any(map(is_refusal, said)):
                 return "refusal"
-        keep = gates.keep_language
-        if seed.kind == "text" if keep is None else keep:
-            messages = turn.prompt.messages
-            asked = seed.text or (messages[-1]["content"] if messages else "")
-            if not same_language(asked, text):
-                return "language"
         if self._evaluation is not None and self._evaluation.overlaps(text):
             return "evaluation_overlap"
         return self._seen.failed(task.id, text, turn.body)

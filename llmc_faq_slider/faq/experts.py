@@ -28,10 +28,10 @@ from llmc_faq_slider.faq.loading import open_model
 from llmc_faq_slider.faq.prompts import Message
 from llmc_faq_slider.faq.rendering import encode, prompt_text, template_text
 from llmc_faq_slider.faq.replies import ChatReply, parse
-from llmc_faq_slider.faq.sampling import sample_batch
-from llmc_faq_slider.faq.scoring import mean_logprobs
+from llmc_faq_slider.faq.sampling import left_pad, sample_batch
 from llmc_faq_slider.faq.serving import contact, recall, remember, score_ids
 from llmc_faq_slider.faq.settings import Sampling
+from llmc_faq_slider.products import multiplied_in, product_dtype
 
 #: prompts scored by a server at once: it keeps their whole logits in memory
 _SCORING_CONCURRENCY = 4
@@ -144,7 +144,7 @@ class EndpointExpert:
             raise EndpointError(
                 f"the expert {self._model!r} is not known to have the target's "
                 "tokenizer, so it cannot score its ids. Name another `expert`, or "
-                "choose the selector expert_judge, random or longest."
+                "choose the selector expert_judge or random."
             )
 
         def score(prompt: Sequence[int], answer: Sequence[int]) -> float:
@@ -159,7 +159,7 @@ class EndpointExpert:
             raise EndpointError(
                 f"{self._endpoint.address.url} does not tell log-probabilities of "
                 f"prompts ({error}). Name another `expert`, or choose the selector "
-                "expert_judge, random or longest."
+                "expert_judge or random."
             ) from error
 
     def replies(
@@ -203,6 +203,48 @@ class EndpointExpert:
             except InvalidReply:
                 break
         return ""
+
+
+@torch.inference_mode()
+def mean_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    chunk: int = 256,
+) -> list[float]:
+    """Mean natural log-probability per answer token given its prompt.
+
+    The same quantity that sampling yields where the expert is the generator itself. The
+    forward runs in the model's own dtype, but for products that are faster in a wider
+    one; log-softmax in fp32, ``chunk`` positions at a time.
+
+    :param prompts: prompt ids per row, not empty
+    :param answers: answer ids per row, not empty
+    """
+    device = model.device
+    rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+    ids, mask = left_pad(rows, device)
+    longest = max(len(answer) for answer in answers)
+    with multiplied_in(product_dtype("auto", device), device):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+    labels = ids[:, -longest:]
+    token_logprobs = torch.cat(
+        [
+            _gather(logits[:, i : i + chunk], labels[:, i : i + chunk])
+            for i in range(0, longest, chunk)
+        ],
+        dim=-1,
+    )
+    return [
+        float(token_logprobs[i, longest - len(answer) :].mean())
+        for i, answer in enumerate(answers)
+    ]
 
 
 def local_expert(
@@ -289,3 +331,9 @@ def endpoint_expert(
 
     identity = {"kind": "endpoint", "model": served.model, "name": address.url}
     return ExpertSource(identity, opened)
+
+
+def _gather(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    chosen = logits.gather(-1, labels[..., None])[..., 0]
+    return chosen - logits.logsumexp(-1)

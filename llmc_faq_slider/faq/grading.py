@@ -10,13 +10,14 @@ from tqdm import tqdm
 from llmc_faq_slider.faq import judging
 from llmc_faq_slider.faq.competition import Entrant, Group, RegenerationError
 from llmc_faq_slider.faq.experts import Expert, ExpertSource
-from llmc_faq_slider.faq.settings import SCORED, Settings
+from llmc_faq_slider.faq.settings import Settings
 from llmc_faq_slider.faq.store import ScoreLog, Store, content_key
 
 #: tasks graded between two writes to the disk
 _BATCH = 16
 _GRADE_TOKENS = 32
 
+#: by task and candidate number
 Scores = dict[tuple[str, int], float]
 
 
@@ -24,32 +25,17 @@ Scores = dict[tuple[str, int], float]
 class Experts:
     """Who may be asked for scores.
 
-    :param expert: the expert of ``expert_nll``, ``typical`` and ``expert_judge``
+    :param expert: the expert of ``expert_nll`` and ``expert_judge``
     :param is_generator: that is the generator, whose scores came with its answers
-    :param target: the model to be quantised, for ``target_nll`` and coverage
     """
 
     expert: ExpertSource | None = None
     is_generator: bool = True
-    target: ExpertSource | None = None
 
     def asked(self, settings: Settings) -> ExpertSource | None:
         """The expert whose identity decides the data set, if any."""
-        if settings.selector == "target_nll":
-            return self.target
-        if settings.selector in ("expert_nll", "typical") and self.is_generator:
-            return None
-        if settings.selector in (*SCORED, "expert_judge"):
-            return self.expert
-        return None
-
-
-@dataclass
-class Graded:
-    """Scores by task and candidate number, and how many groups had no judge."""
-
-    scores: Scores
-    unjudged: int = 0
+        told = settings.selector == "expert_nll" and self.is_generator
+        return None if told or settings.selector == "random" else self.expert
 
 
 def grade(
@@ -58,23 +44,24 @@ def grade(
     experts: Experts,
     store: Store,
     candidate_key: str,
-) -> Graded:
+) -> tuple[Scores, int]:
     """Score the candidates of all groups for the selector.
 
-    A group of one is not scored, and selectors that need no expert get zeros.
+    A group of one is not scored, and neither is one that chance decides.
 
+    :return: scores, and how many groups the judge gave no readable grades for
     :raises RegenerationError: when the selector needs an expert that is not there
     """
     contested = [group for group in groups if len(group.entrants) > 1]
     if settings.selector == "expert_judge":
         return _judged(contested, settings, experts, store, candidate_key)
-    if settings.selector not in SCORED:
-        return Graded({})
-    if settings.selector != "target_nll" and experts.is_generator:
+    if settings.selector == "random":
+        return {}, 0
+    if experts.is_generator:
         told = _told(contested)
         if told is not None:
-            return Graded(told)
-    return Graded(_scored(contested, settings, experts, store, candidate_key))
+            return told, 0
+    return _scored(contested, settings, experts, store, candidate_key), 0
 
 
 def _told(groups: Sequence[Group]) -> Scores | None:
@@ -95,12 +82,9 @@ def _scored(
     store: Store,
     candidate_key: str,
 ) -> Scores:
-    of_target = settings.selector == "target_nll"
-    source = _need(experts.target if of_target else experts.expert, settings)
+    source = _need(experts.expert, settings)
     key = content_key(source.facts | {"what": "mean log-probability"})
     log = store.scores(candidate_key, key)
-    # a generator is asked in its own words, any other expert in the target's
-    own_words = experts.is_generator and not of_target
     with ExitStack() as stack:
         expert: Expert | None = None
         missing = [group for group in groups if not _is_scored(group, log)]
@@ -108,7 +92,8 @@ def _scored(
             if expert is None:
                 expert = stack.enter_context(source.open())
             for group in missing[start : start + _BATCH]:
-                _score_group(group, expert, own_words, log)
+                # a generator is asked in its own words, any other in the target's
+                _score_group(group, expert, experts.is_generator, log)
     return {
         (group.task.id, entrant.index): _of(group, entrant, log)
         for group in groups
@@ -158,7 +143,7 @@ def _judged(
     experts: Experts,
     store: Store,
     candidate_key: str,
-) -> Graded:
+) -> tuple[Scores, int]:
     source = _need(experts.expert, settings)
     facts = {"what": judging.wording_hash(), "seed": settings.seed}
     log = store.scores(candidate_key, content_key(source.facts | facts))
@@ -169,22 +154,23 @@ def _judged(
             if expert is None:
                 expert = stack.enter_context(source.open())
             _judge_groups(missing[start : start + _BATCH], expert, settings.seed, log)
-    graded = Graded({})
+    scores: Scores = {}
+    unjudged = 0
     for group in groups:
         grades = log.get(_names(group)) or None
         if grades is None:
-            graded.unjudged += 1
+            unjudged += 1
         for place, entrant in enumerate(group.entrants):
             # without a verdict the group is decided by log-probability
             score = entrant.score or 0.0 if grades is None else grades[place]
-            graded.scores[group.task.id, entrant.index] = score
-    if graded.unjudged:
+            scores[group.task.id, entrant.index] = score
+    if unjudged:
         logger.warning(
-            f"FAQ: the judge gave no readable grades for {graded.unjudged} of "
+            f"FAQ: the judge gave no readable grades for {unjudged} of "
             f"{len(groups)} groups; they are decided by the generator's "
             "log-probabilities"
         )
-    return graded
+    return scores, unjudged
 
 
 def _judge_groups(
@@ -235,6 +221,6 @@ def _need(source: ExpertSource | None, settings: Settings) -> ExpertSource:
     if source is None:
         raise RegenerationError(
             f"the selector {settings.selector} needs an expert that can be asked for "
-            "scores. Name one in `expert`, or choose the selector random or longest."
+            "scores. Name one in `expert`, or choose the selector random."
         )
     return source

@@ -64,7 +64,7 @@ class FAQModifier(FAQOptions, Modifier):
         FAQModifier:
           generator: self
           num_candidates: 4
-          selector: typical
+          selector: expert_judge
           num_samples: 32
           sequence_length: 512
     ```

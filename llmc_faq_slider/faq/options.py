@@ -29,6 +29,7 @@ from llmc_faq_slider.faq.settings import (
     Settings,
 )
 from llmc_faq_slider.files import CACHE_VARIABLE
+from llmc_faq_slider.removed import REMOVED, refuse_removed
 
 
 class FAQOptions(BaseModel):
@@ -76,15 +77,11 @@ class FAQOptions(BaseModel):
     :param batch_size: prompts per generation batch. None: 64 with an accelerator, 32
         without
     :param selector: who wins a group: ``expert_nll`` (highest mean log-probability
-        under the expert), ``expert_judge`` (best graded by the expert in words),
-        ``typical`` (log-probability nearest the group's median), ``target_nll``
-        (highest mean log-probability under the target), ``random`` or ``longest``
+        under the expert), ``expert_judge`` (best graded by the expert in words) or
+        ``random``
     :param expert: who scores: ``generator``, ``target``, a folder, a hub id or the URL
         of a server. Default ``generator``
     :param expert_model: name the expert's server knows the model by. None: the only one
-    :param oversample: tokens to collect, as a multiple of N x L, of which those samples
-        are taken that excite channels of the target which others do not. Default 1: no
-        such choice
     :param chain_of_thought: have the reasoning written before the answer: True, by the
         template's thinking mode or asked for in words; False, neither. Default None,
         the thinking mode if there is one: asking in words loses in docs/faq.md
@@ -95,8 +92,6 @@ class FAQOptions(BaseModel):
     :param max_repeated_share: gate, share of repeated 8-token runs. Default 0.2
     :param max_similarity: gate, share of 5-token runs (Jaccard) an answer may have in
         common with an answer to another prompt. Default 0.8
-    :param keep_language: gate, refuse answers in another language than the prompt's.
-        None: for passages only
     :param allow_refusals: let answers compete that decline to answer. Default False
     :param accept_truncated: let cut-off answers compete, below all finished ones.
         Default True
@@ -138,20 +133,24 @@ class FAQOptions(BaseModel):
     selector: Selector = "expert_nll"
     expert: str = Field(default="generator", min_length=1)
     expert_model: str | None = None
-    oversample: float = Field(default=1.0, ge=1)
     chain_of_thought: bool | None = None
     enable_thinking: bool | None = None
     min_response_tokens: int = Field(default=32, ge=1)
     max_zlib_ratio: float = Field(default=4.0, gt=1)
     max_repeated_share: float = Field(default=0.2, ge=0, le=1)
     max_similarity: float = Field(default=0.8, ge=0, le=1)
-    keep_language: bool | None = None
     allow_refusals: bool = False
     accept_truncated: bool = True
     retries: int = Field(default=0, ge=0, le=8)
     max_fallback_fraction: float = Field(default=0.1, ge=0, le=1)
     cache_dir: str | None = None
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_nothing_removed(cls, fields: Any) -> Any:
+        refuse_removed("FAQModifier", fields)
+        return fields
 
     @field_validator("generator", "expert")
     @classmethod
@@ -219,11 +218,9 @@ class FAQOptions(BaseModel):
                 self.max_repeated_share,
                 self.accept_truncated,
                 self.max_similarity,
-                self.keep_language,
                 self.allow_refusals,
             ),
             retries=self.retries,
-            oversample=self.oversample,
             max_fallback_fraction=self.max_fallback_fraction,
             chain_of_thought=self.chain_of_thought,
             enable_thinking=self.enable_thinking,
@@ -244,9 +241,10 @@ def options_of(fields: Mapping[str, Any], assignments: Sequence[str]) -> FAQOpti
     :raises ValueError: for an unknown name or a value that does not fit
     """
     given = dict(fields)
+    known = {*FAQOptions.model_fields, *REMOVED["FAQModifier"]}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
-        if not equals or name.strip() not in FAQOptions.model_fields:
+        if not equals or name.strip() not in known:
             raise ValueError(
                 f"{assignment!r} sets no field. Give NAME=VALUE with one of "
                 f"{', '.join(FAQOptions.model_fields)}."

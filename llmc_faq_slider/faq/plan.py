@@ -83,9 +83,9 @@ def plan(
     # with no valid answer at all the best guess is that of one in the next
     valid = max(len(sizes), 1) / len(tasks)
     size = sum(sizes) / len(sizes) if sizes else settings.sampling.max_new_tokens
-    wanted = settings.token_budget * settings.oversample
     missed = (1 - valid) ** settings.num_candidates
-    prompts = math.ceil(wanted / (size * (1 - missed ** (settings.retries + 1))))
+    filled = 1 - missed ** (settings.retries + 1)
+    prompts = math.ceil(settings.token_budget / (size * filled))
     tries = sum(missed**attempt for attempt in range(settings.retries + 1))
     scale = prompts * settings.num_candidates * tries / len(tasks)
     return Plan(

@@ -9,20 +9,17 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmc_faq_slider.faq.choice import Pick, choose, queues
+from llmc_faq_slider.faq.choice import Pick, choose, pack, queues
 from llmc_faq_slider.faq.competition import (
     Outcome,
     Referee,
     RegenerationError,
     losses,
 )
-from llmc_faq_slider.faq.content_gates import Evaluation
-from llmc_faq_slider.faq.coverage import by_coverage, profiles
-from llmc_faq_slider.faq.experts import TransformersExpert
+from llmc_faq_slider.faq.gates import Evaluation
 from llmc_faq_slider.faq.generators import GeneratorSource
 from llmc_faq_slider.faq.grading import Experts, grade
 from llmc_faq_slider.faq.manifest import candidate_facts, dataset_facts, manifest
-from llmc_faq_slider.faq.packing import pack
 from llmc_faq_slider.faq.plain import marks, plain_seeds
 from llmc_faq_slider.faq.preparation import Conversation, Task, batches, conversation
 from llmc_faq_slider.faq.seeds import Seed, seed_texts
@@ -89,11 +86,12 @@ def regenerate(
             writer = Writer(source, settings, talk, log, stack, bar)
             outcome = _collect(clean, settings, talk, writer, bar, check)
         outcome.counts["seeds_overlapping"] = len(plain) - len(clean)
-        graded = grade(outcome.groups, settings, experts, store, candidate_key)
-        outcome.counts["groups_unjudged"] = graded.unjudged
-        queued = queues(outcome, graded.scores, settings)
-        preferred = _preferred(queued, settings, experts)
-        picks = choose(queued, outcome.asked, settings.token_budget, preferred)
+        scores, unjudged = grade(
+            outcome.groups, settings, experts, store, candidate_key
+        )
+        outcome.counts["groups_unjudged"] = unjudged
+        queued = queues(outcome, scores, settings)
+        picks = choose(queued, outcome.asked, settings.token_budget)
         input_ids, loss_mask = pack(
             [sample for pick in picks for sample in pick.samples],
             settings.num_samples,
@@ -125,7 +123,7 @@ def _collect(
     """Groups of valid candidates, enough for N x L tokens whoever wins them."""
     referee = Referee(talk, settings, check)
     outcome = referee.outcome
-    wanted = math.ceil(settings.token_budget * settings.oversample)
+    wanted = settings.token_budget
     on_trial = True
 
     def prompts_left() -> float:
@@ -180,25 +178,6 @@ def _answer(
         referee.outcome.counts["prompts_retried"] += len(again)
         if not asked:
             return
-
-
-def _preferred(
-    queued: Sequence[Sequence[Pick]], settings: Settings, experts: Experts
-) -> list[int] | None:
-    """Order of the groups by what their winners excite, None for their own order."""
-    if settings.oversample == 1:
-        return None
-    if experts.target is None:
-        raise RegenerationError(
-            "choosing samples by activation coverage (oversample above 1) needs the "
-            "target model itself"
-        )
-    with experts.target.open() as target:
-        assert isinstance(target, TransformersExpert)
-        longest = settings.sequence_length
-        winners = [[i for s in q[0].samples for i in s.input_ids] for q in queued]
-        found = profiles(target.model, [ids[:longest] for ids in winners])
-    return by_coverage(found, [queue[0].size for queue in queued])
 
 
 def _record(pick: Pick, talk: Conversation) -> dict[str, Any]:

@@ -6,9 +6,7 @@ The method's public description names none of these values: all are our choices.
 from dataclasses import dataclass, field
 from typing import Literal
 
-Selector = Literal[
-    "expert_nll", "expert_judge", "typical", "target_nll", "random", "longest"
-]
+Selector = Literal["expert_nll", "expert_judge", "random"]
 
 #: rows x tokens of the calibration set, new tokens per answer, prompts per batch
 ACCELERATOR_SIZES = {"rows": 128, "length": 2048, "new": 1024, "batch": 64}
@@ -23,9 +21,6 @@ CONTINUATION_TOKENS = 64
 #: prompts after which a generator that mostly fails is given up
 TRIAL_PROMPTS = 32
 
-#: selectors that ask an expert for a number, and those that ask the target
-SCORED: tuple[Selector, ...] = ("expert_nll", "typical", "target_nll")
-
 
 @dataclass(frozen=True)
 class GateLimits:
@@ -38,8 +33,6 @@ class GateLimits:
         finished ones
     :param max_similarity: share of common 5-token runs (Jaccard) up to which an answer
         may resemble one to another prompt
-    :param keep_language: refuse answers in another language than the prompt's; None
-        for passages only, because requests may ask for another one
     :param allow_refusals: let answers compete that decline to answer
     """
 
@@ -48,7 +41,6 @@ class GateLimits:
     max_repeated_share: float = 0.2
     accept_truncated: bool = True
     max_similarity: float = 0.8
-    keep_language: bool | None = None
     allow_refusals: bool = False
 
 
@@ -78,8 +70,6 @@ class Settings:
     :param gates: limits for taking part
     :param retries: further tries, with new random numbers and twice the tokens, for
         prompts without any valid answer
-    :param oversample: tokens to collect, as a multiple of N x L, for the choice of
-        samples by the channels they excite; 1 for no such choice
     :param max_fallback_fraction: largest share of prompts whose seed stands in for a
         valid answer as it is
     :param chain_of_thought: have the reasoning written before the answer; None for the
@@ -96,7 +86,6 @@ class Settings:
     selector: Selector = "expert_nll"
     gates: GateLimits = field(default_factory=GateLimits)
     retries: int = 0
-    oversample: float = 1.0
     max_fallback_fraction: float = 0.1
     chain_of_thought: bool | None = None
     enable_thinking: bool | None = None

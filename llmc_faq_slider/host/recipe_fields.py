@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from llmc_faq_slider.host.findings import Finding, did_you_mean, shown
 from llmc_faq_slider.host.recipe_text import Entry
+from llmc_faq_slider.removed import removed_in
 
 __all__ = ["build_modifier", "known_modifiers"]
 
@@ -63,7 +64,7 @@ def known_modifiers() -> dict[str, type[Modifier]]:
 def build_modifier(entry: Entry) -> tuple[Modifier | None, list[Finding]]:
     """The modifier of an entry, or None and why it cannot be made."""
     kind = known_modifiers()[entry.name]
-    findings = _unknown_fields(kind, entry) + _unknown_scheme(entry)
+    findings = _removed(entry) + _unknown_fields(kind, entry) + _unknown_scheme(entry)
     if findings:
         return None, findings
     # Validators of llm-compressor change the mappings they are given.
@@ -86,6 +87,13 @@ def build_modifier(entry: Entry) -> tuple[Modifier | None, list[Finding]]:
         return None, [Finding("error", "arguments", entry.where, sentence)]
 
 
+def _removed(entry: Entry) -> list[Finding]:
+    return [
+        Finding("error", "removed", f"{entry.where}.{name}", sentence)
+        for name, sentence in removed_in(entry.name, entry.arguments).items()
+    ]
+
+
 def _unknown_fields(kind: type[Modifier], entry: Entry) -> list[Finding]:
     fields = [name for name in kind.model_fields if not name.endswith("_")]
     return [
@@ -98,6 +106,7 @@ def _unknown_fields(kind: type[Modifier], entry: Entry) -> list[Finding]:
         )
         for name in entry.arguments
         if name not in kind.model_fields
+        and name not in removed_in(entry.name, entry.arguments)
     ]
 
 

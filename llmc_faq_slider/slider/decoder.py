@@ -72,9 +72,9 @@ class Decoder:
             stack.enter_context(student.installed(ratio, dtype))
         return stack
 
-    def rewind(self, hidden: list[Tensor]) -> None:
+    def begin(self, hidden: list[Tensor]) -> None:
         """Put both streams before the first layer."""
-        self.full_precision, self.quantized, self.visited = hidden, hidden, 0
+        self.full_precision = self.quantized = hidden
 
     @torch.no_grad()
     def visit(self, window: Window) -> None:
@@ -127,11 +127,10 @@ class Decoder:
         self.students[index] = self.start(index, importance)
 
     @torch.no_grad()
-    def advance(self, index: int, ratio: float) -> None:
+    def advance(self, index: int) -> None:
         """Move the quantised stream behind a layer, in the model's own dtype."""
-        with self.installed(
-            Window(index, index + 1, "fixed"), ratio, self.quantized[0].dtype
-        ):
+        layer = Window(index, index + 1, "fixed")
+        with self.installed(layer, 1.0, self.quantized[0].dtype):
             self.quantized = self.limit.run(
                 lambda: self._through(range(index, index + 1), self.quantized)
             )

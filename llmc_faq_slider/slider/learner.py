@@ -140,7 +140,7 @@ def learns_channel_scales(
 
 
 class _Walk:
-    """All sweeps over all windows, from the beginning or from a saved state."""
+    """All windows in order, from the beginning or from a saved state."""
 
     def __init__(
         self,
@@ -157,37 +157,26 @@ class _Walk:
         self.commit = commit
         self.saved = saved
         self.stop = stop
-        ratios = stage_ratios(settings.ratio)
-        self.sweeps = (
-            [ratios]
-            if settings.stage_order == "window"
-            else [[ratio] for ratio in ratios]
-        )
-        self.progress = Progress(0, 0, decoder.limit.rows, [])
+        self.progress = Progress(0, decoder.limit.rows, [])
         self.unfinished: Unfinished | None = None
         self.fold_errors: dict[int, float] = {}
 
     def run(self, hidden: list[Tensor]) -> Learned:
         self._begin()
-        done = self.progress.sweep, self.progress.windows
+        done = self.progress.windows
         with tqdm(
             total=self._layer_steps(), unit="layer-step", desc="SliderQuant"
         ) as bar:
-            for sweep in range(len(self.sweeps)):
-                if sweep < done[0]:
-                    bar.update(self._layer_steps() // len(self.sweeps))
-                    continue
-                self.decoder.rewind(hidden)
-                for number, window in enumerate(self.windows):
-                    place = f"{number + 1}/{len(self.windows)} {window}"
-                    bar.set_description(f"window {place}")
-                    self._wake(window)
-                    self.decoder.visit(window)
-                    if (sweep, number) < done:
-                        bar.update(self._layer_steps([window]) // len(self.sweeps))
-                    else:
-                        self._learn(sweep, number, bar)
-                    self._move_on(sweep, number)
+            self.decoder.begin(hidden)
+            for number, window in enumerate(self.windows):
+                bar.set_description(f"window {number + 1}/{len(self.windows)} {window}")
+                self._wake(window)
+                self.decoder.visit(window)
+                if number < done:
+                    bar.update(self._layer_steps([window]))
+                else:
+                    self._learn(number, bar)
+                self._move_on(number)
         progress = self.progress
         return Learned(progress.results, self.decoder.full_precision, self.fold_errors)
 
@@ -204,14 +193,10 @@ class _Walk:
         if UNFINISHED in record:
             self.unfinished = Unfinished(**record[UNFINISHED])
             self.unfinished.tensors = self.saved.tensors(UNFINISHED)
-        done, total = self._windows_done(), len(self.windows) * len(self.sweeps)
         logger.info(
-            f"SliderQuant: going on from {self.saved.folder} with {done} of {total} "
-            "windows finished"
+            f"SliderQuant: going on from {self.saved.folder} with "
+            f"{self.progress.windows} of {len(self.windows)} windows finished"
         )
-
-    def _windows_done(self) -> int:
-        return self.progress.sweep * len(self.windows) + self.progress.windows
 
     def _wake(self, window: Window) -> None:
         """Make saved students of a window's layers, as they were."""
@@ -233,18 +218,15 @@ class _Walk:
                 [tensors[n] for n in sorted(tensors) if n.startswith("learned.")]
             )
 
-    def _learn(self, sweep: int, number: int, bar: tqdm) -> None:
+    def _learn(self, number: int, bar: tqdm) -> None:
         window = self.windows[number]
-        epochs = self._epochs()
-        # In sweeps every one has a single stage; else each window has them all.
-        first = sweep if self.settings.stage_order == "sweep" else 0
         unfinished, self.unfinished = self.unfinished, None
         try:
             result = learn_window(
                 self.decoder,
                 window,
                 visit_numbers(self.windows, number),
-                dict(zip(self.sweeps[sweep], epochs[first:], strict=False)),
+                self._epochs(),
                 self.settings,
                 bar,
                 self.stop,
@@ -253,11 +235,8 @@ class _Walk:
         except Stopped as stopped:
             self._save_unfinished(window, stopped.unfinished)
             raise self.stop.exit() from None
-        if sweep == len(self.sweeps) - 1:
-            self.progress.results.append(result)
+        self.progress.results.append(result)
         self.progress.windows = number + 1
-        if number + 1 == len(self.windows) and sweep + 1 < len(self.sweeps):
-            self.progress.sweep, self.progress.windows = sweep + 1, 0
         self._save(window)
 
     def _save(self, window: Window) -> None:
@@ -286,22 +265,23 @@ class _Walk:
             f"go on from there; the state is in {self.saved.folder}."
         )
 
-    def _move_on(self, sweep: int, number: int) -> None:
+    def _move_on(self, number: int) -> None:
         """The quantised stream passes the layers that no later window visits."""
         windows, decoder = self.windows, self.decoder
         last = number + 1 == len(windows)
         following = windows[number].stop if last else windows[number + 1].start
         for index in range(windows[number].start, following):
             hidden = decoder.quantized[0].to(decoder.device)
-            decoder.advance(index, self.sweeps[sweep][-1])
-            if sweep == len(self.sweeps) - 1 and index in decoder.students:
+            decoder.advance(index)
+            if index in decoder.students:
                 self.fold_errors[index] = decoder.commit(index, hidden, self.commit)
 
-    def _epochs(self) -> list[int]:
-        """Epochs of each intra-layer stage; later ones get what is left over."""
-        stages = sum(map(len, self.sweeps))
-        epochs = self.settings.epochs
-        return [epochs // stages + (k < epochs % stages) for k in range(stages)][::-1]
+    def _epochs(self) -> dict[float, int]:
+        """Epochs by ratio of each stage; later ones get what is left over."""
+        ratios = stage_ratios(self.settings.ratio)
+        each, over = divmod(self.settings.epochs, len(ratios))
+        first = len(ratios) - over
+        return {ratio: each + (k >= first) for k, ratio in enumerate(ratios)}
 
     def _layer_steps(self, windows: list[Window] | None = None) -> int:
         lengths = self.decoder.lengths

@@ -27,8 +27,6 @@ UNFINISHED = "window"
 class LearningSettings:
     """
     :param ratio: intra-layer ratio γ; ``1 / γ`` stages, 1.0 for a single one
-    :param stage_order: all stages inside each window (the paper), or one sweep over all
-        windows per stage (the released code)
     :param epochs: passes over the calibration rows per window, shared by its stages
     :param batch_size: rows per optimiser step
     :param low_rank: rank of the low-rank update, 0 for none
@@ -46,7 +44,6 @@ class LearningSettings:
     """
 
     ratio: float
-    stage_order: Literal["window", "sweep"]
     epochs: int
     batch_size: int
     low_rank: int
@@ -127,12 +124,10 @@ class Progress:
     """
     How far a walk is.
 
-    :param sweep: the one under way
-    :param windows: finished in that sweep
+    :param windows: finished
     :param rows: per forward pass
     """
 
-    sweep: int
     windows: int
     rows: int
     results: list[WindowResult]
@@ -150,7 +145,7 @@ class Progress:
             WindowResult(**(result | {"window": Window(**result["window"])}))
             for result in record["results"]
         ]
-        return cls(record["sweep"], record["windows"], record["rows"], results)
+        return cls(record["windows"], record["rows"], results)
 
 
 def layer_role(index: int) -> str:

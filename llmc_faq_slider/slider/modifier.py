@@ -50,6 +50,7 @@ from llmc_faq_slider.host.serving_check import check_serving
 from llmc_faq_slider.host.targets import TargetedLayers, targeted_layers
 from llmc_faq_slider.processes import refuse_many_processes
 from llmc_faq_slider.products import ComputeDtype, multiplied_in, product_dtype
+from llmc_faq_slider.removed import refuse_removed
 from llmc_faq_slider.slider.checkpoint import open_checkpoint
 from llmc_faq_slider.slider.closing import (
     ClosingSettings,
@@ -134,9 +135,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
         γ, 2γ, ... of the input channels of every matrix, with at least one epoch each.
         Default 1.0, one stage, for one epoch; with more epochs the paper's 0.5 gains,
         and the preset ``best`` takes it (docs/experiments.md)
-    :param stage_order: ``window`` runs all stages inside each window (the paper);
-        ``sweep`` runs one pass over all windows per stage (the released code), and
-        keeps the learned tensors of all layers in memory
     :param preset: ``fast``, ``default`` or ``best``: ``epochs``, ``closing_epochs`` and
         ``ratio`` where they are not given. The saved recipe.yaml records the numbers
     :param epochs: passes over the calibration rows per window, shared by its stages.
@@ -193,7 +191,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     window_size: int = Field(default=2, ge=1)
     window_stride: int = Field(default=1, ge=1)
     ratio: float = Field(default=1.0, gt=0, le=1)
-    stage_order: Literal["window", "sweep"] = "window"
     preset: Literal["fast", "default", "best"] = "default"
     epochs: int = Field(default=PRESETS["default"]["epochs"], ge=1)
     closing_epochs: int = Field(default=PRESETS["default"]["closing_epochs"], ge=0)
@@ -219,6 +216,7 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     @classmethod
     def _expand_preset(cls, fields: Any) -> Any:
         """Fields that the recipe leaves out take the preset's values."""
+        refuse_removed("SliderQuantModifier", fields)
         if isinstance(fields, dict):
             return PRESETS.get(fields.get("preset", "default"), {}) | fields
         return fields
@@ -436,7 +434,6 @@ class SliderQuantModifier(Modifier, QuantizationMixin):
     def _settings(self, dtype: torch.dtype) -> LearningSettings:
         return LearningSettings(
             ratio=self.ratio,
-            stage_order=self.stage_order,
             epochs=self.epochs,
             batch_size=self.batch_size,
             low_rank=self.low_rank,

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from llmc_faq_slider import SliderQuantModifier
+from llmc_faq_slider.faq.experts import mean_logprobs
 from llmc_faq_slider.faq.sampling import sample_batch
-from llmc_faq_slider.faq.scoring import mean_logprobs
 from llmc_faq_slider.faq.settings import Sampling
 from llmc_faq_slider.report.sensitivity import Format, Sample, sensitivity_record
 

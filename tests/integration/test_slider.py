@@ -154,13 +154,12 @@ def test_inputs_decide_weights_where_they_are_learned_on(
     assert torch.equal(weights, learned(None)) is not decide
 
 
-def test_sweep_order_commits_every_layer(small_model):
+def test_stages_inside_each_window_beat_rounding_to_nearest(small_model):
     rows = held_out_rows(small_model, half=1)[:16]
     model = load(small_model)
     stage = SliderQuantModifier(
         ignore=["lm_head"],
         config_groups=SCHEMES["W2A16_asym_g64"],
-        stage_order="sweep",
         ratio=0.5,
         epochs=4,
         batch_size=8,

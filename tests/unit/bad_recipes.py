@@ -184,7 +184,7 @@ CASES = [
     Case(
         "an unknown choice",
         "unknown-value",
-        slider("scheme: W4A16", "stage_order: both"),
+        slider("scheme: W4A16", "preset: finest"),
     ),
     Case(
         "an unknown strategy",
@@ -249,8 +249,19 @@ CASES = [
     Case(
         "a choice among one",
         "value",
-        "faq_stage:\n  faq_modifiers:\n    FAQModifier: {selector: typical}\n"
+        "faq_stage:\n  faq_modifiers:\n    FAQModifier: {selector: random}\n"
         + slider("scheme: W4A16"),
+    ),
+    Case(
+        "a selector that was removed",
+        "removed",
+        "faq_stage:\n  faq_modifiers:\n    FAQModifier: {selector: longest}\n"
+        + slider("scheme: W4A16"),
+    ),
+    Case(
+        "a field that was removed",
+        "removed",
+        slider("scheme: W4A16", "stage_order: window"),
     ),
     # stages together
     Case(

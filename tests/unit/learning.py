@@ -15,7 +15,6 @@ CPU = torch.device("cpu")
 def settings(**changes):
     values = dict(
         ratio=0.5,
-        stage_order="window",
         epochs=4,
         batch_size=4,
         low_rank=2,

@@ -3,57 +3,17 @@
 from collections import Counter
 
 import pytest
-import torch
 from generated import cases
 from hypothesis import strategies as st
 
 from llmc_faq_slider.faq.choice import Pick, choose
 from llmc_faq_slider.faq.competition import Group
-from llmc_faq_slider.faq.content_gates import (
-    Evaluation,
-    Seen,
-    is_refusal,
-    language,
-    same_language,
-)
-from llmc_faq_slider.faq.coverage import by_coverage
+from llmc_faq_slider.faq.gates import Evaluation, Seen, is_refusal
 from llmc_faq_slider.faq.preparation import Task
 from llmc_faq_slider.faq.rendering import Sample, join
 from llmc_faq_slider.faq.seeds import Seed
-from llmc_faq_slider.faq.selection import Contender, ranked
 
 pytestmark = pytest.mark.unit
-
-TEXTS = {
-    "LATIN en": "The river runs through the valley and it is not known to the people "
-    "of the town how deep the water is at the bridge that was built for the mill.",
-    "LATIN de": "Der Fluss läuft durch das Tal und die Leute in der Stadt wissen nicht "
-    "wie tief das Wasser an der Brücke ist, die für die Mühle gebaut wurde.",
-    "LATIN fr": "La rivière coule dans la vallée et les gens de la ville ne savent pas "
-    "quelle est la profondeur de l'eau au pont qui fut construit pour le moulin.",
-    "LATIN es": "El río corre por el valle y la gente de la ciudad no sabe cómo es de "
-    "honda el agua en el puente que se hizo para el molino de los señores.",
-    "CJK": "河水穿过山谷流向远方的平原地区而镇上的人们并不知道桥下的水到底有多深因为"
-    "那座桥是很久以前为磨坊建造的没有人测量过",
-    "KANA": "川は谷を流れて遠くの平野へ向かい、町の人々は橋の下の水がどれほど深いのか"
-    "知りません。その橋は水車のために昔作られました。",
-    "CYRILLIC": "Река течёт через долину, и люди в городе не знают, насколько глубока "
-    "вода у моста, который был построен для мельницы.",
-}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_languages_are_told_apart(name) -> None:
-    assert language(TEXTS[name]) == name
-    for other, text in TEXTS.items():
-        assert same_language(TEXTS[name], text) is (name == other)
-
-
-def test_unclear_texts_are_of_any_language() -> None:
-    assert language("Hm.") is None and language("1 + 1 = 2 " * 20) is None
-    assert same_language("Hm.", TEXTS["KANA"])
-    code = "def f(x):\n    return [y ** 2 for y in range(x) if y % 2]\n" * 3
-    assert same_language(TEXTS["LATIN en"], code)
 
 
 @pytest.mark.parametrize(
@@ -106,21 +66,6 @@ def test_similarity_is_the_jaccard_index(first, second) -> None:
     assert (seen.failed("b", "y", second) == "near_duplicate") is (shared > 0.5)
 
 
-def contender(index, score, truncated=False) -> Contender:
-    return Contender("p", index, 10, truncated, score)
-
-
-def test_typical_is_nearest_the_median() -> None:
-    group = [contender(i, s) for i, s in enumerate([-1.0, -2.1, -9.0, -2.0, -0.5])]
-    assert [c.index for c in ranked(group, "typical", 0)][0] == 3
-
-
-def test_judged_and_scored_by_the_target_take_the_highest() -> None:
-    group = [contender(0, 12.0), contender(1, 31.5), contender(2, 40.0, True)]
-    for selector in ("expert_judge", "target_nll"):
-        assert [c.index for c in ranked(group, selector, 0)] == [1, 0, 2]
-
-
 def pick(source, number, place=0, size=10) -> Pick:
     seed = Seed("prompt", text=f"{source} {number}", source=source)
     sample = Sample([number] * size, [1] * size)
@@ -145,8 +90,6 @@ def test_second_places_fill_what_short_winners_leave_open() -> None:
     queued = [[pick("a", i, 0, 5), pick("a", i, 1, 20)] for i in range(10)]
     chosen = choose(queued, Counter(a=10), 100)
     assert [p.place for p in chosen] == [0] * 10 + [1] * 3
-    preferred = choose(queued, Counter(a=10), 20, preferred=[9, 3, 1, 0, *range(4, 9)])
-    assert [p.samples[0].input_ids[0] for p in preferred] == [9, 3, 1, 0]
 
 
 def test_turns_join_only_when_the_ids_go_on() -> None:
@@ -155,18 +98,3 @@ def test_turns_join_only_when_the_ids_go_on() -> None:
         [1, 2, 3, 4, 5], [0, 1, 1, 0, 1]
     )
     assert join(first, Sample([1, 2, 9, 4], [0, 0, 0, 1])) is None
-
-
-def test_coverage_takes_what_excites_other_channels_first() -> None:
-    profile = torch.tensor(
-        [
-            [9.0, 1.0, 0.0, 0.1],
-            [8.0, 1.0, 0.0, 0.1],
-            [0.1, 0.1, 5.0, 0.1],
-            [0.1, 0.1, 0.1, 2.0],
-        ]
-    )
-    assert by_coverage(profile, [10] * 4) == [0, 2, 3, 1]
-    # a long sample has to bring more
-    assert by_coverage(profile, [100, 10, 10, 10])[0] == 1
-    assert sorted(by_coverage(torch.zeros(5, 3), [1] * 5)) == list(range(5))

@@ -1,20 +1,25 @@
 """Gates, competition and packing: plain functions on ids and text."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from generated import cases
 from hypothesis import strategies as st
+from scribe import SETTINGS
 
-from llmc_faq_slider.faq.content_gates import normalised
+from llmc_faq_slider.faq.choice import pack, ranked
+from llmc_faq_slider.faq.competition import Entrant, Group
 from llmc_faq_slider.faq.gates import (
     failed_gate,
+    normalised,
     repeated_share,
     think_balanced,
     zlib_ratio,
 )
-from llmc_faq_slider.faq.packing import pack
+from llmc_faq_slider.faq.preparation import Task, Turn
 from llmc_faq_slider.faq.rendering import Sample, render
-from llmc_faq_slider.faq.selection import Contender, ranked
+from llmc_faq_slider.faq.seeds import Seed
 from llmc_faq_slider.faq.settings import GateLimits
 
 pytestmark = pytest.mark.unit
@@ -77,35 +82,43 @@ def test_duplicates_ignore_case_and_space() -> None:
     assert normalised("A  b\nC") == normalised("a b c")
 
 
-def winner(group, selector, seed) -> Contender:
-    return ranked(group, selector, seed)[0]
+TASK = Task(Seed("prompt", text="what?"))
 
 
-def contender(index, tokens=10, truncated=False, score=0.0) -> Contender:
-    return Contender("p", index, tokens, truncated, score)
+def entrant(index, tokens=10, whole=True) -> Entrant:
+    return Entrant(index, [Turn(None, None, [7] * tokens, "")], whole, [])
 
 
-def test_the_expert_prefers_the_likelier_answer() -> None:
-    group = [contender(0, score=-2.0), contender(1, score=-1.0)]
-    assert winner(group, "expert_nll", 0).index == 1
+def order(entrants, scores=None, **settings) -> list[int]:
+    """Candidate numbers, the winner first."""
+    told = {(TASK.id, index): score for index, score in (scores or {}).items()}
+    group = ranked(Group(TASK, entrants), told, replace(SETTINGS, **settings))
+    return [one.index for one in group]
+
+
+@pytest.mark.parametrize("selector", ["expert_nll", "expert_judge"])
+def test_the_highest_score_wins(selector) -> None:
+    group = [entrant(0), entrant(1), entrant(2)]
+    scores = {0: -2.0, 1: -1.0, 2: -5.0}
+    assert order(group, scores, selector=selector) == [1, 0, 2]
 
 
 def test_a_finished_answer_beats_a_likelier_truncated_one() -> None:
-    group = [contender(0, truncated=True, score=-0.1), contender(1, score=-5.0)]
-    assert winner(group, "expert_nll", 0).index == 1
+    group = [entrant(0, whole=False), entrant(1)]
+    assert order(group, {0: -0.1, 1: -5.0}) == [1, 0]
 
 
 def test_ties_go_to_the_shorter_then_to_the_lower_number() -> None:
-    assert winner([contender(0, 9), contender(1, 8)], "expert_nll", 0).index == 1
-    assert winner([contender(1), contender(0)], "expert_nll", 0).index == 0
+    assert order([entrant(0, 9), entrant(1, 8)]) == [1, 0]
+    assert order([entrant(1), entrant(0)]) == [0, 1]
 
 
-def test_longest_and_random() -> None:
-    group = [contender(i, tokens=10 + i) for i in range(8)]
-    assert winner(group, "longest", 0).index == 7
-    chosen = {winner(group, "random", seed).index for seed in range(40)}
+def test_chance_decides_the_same_in_any_order() -> None:
+    group = [entrant(i, tokens=10 + i) for i in range(8)]
+    chosen = {order(group, selector="random", seed=seed)[0] for seed in range(40)}
     assert len(chosen) > 3
-    assert winner(group, "random", 5) == winner(group[::-1], "random", 5)
+    again = order(group[::-1], selector="random", seed=5)
+    assert order(group, selector="random", seed=5) == again
 
 
 def test_render_closes_a_turn_once_and_masks_the_prompt() -> None:

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from llmc_faq_slider.cli import regenerate
 from llmc_faq_slider.faq.generators import sibling_source
 from llmc_faq_slider.faq.modifier import FAQModifier
-from llmc_faq_slider.faq.options import CACHE_VARIABLE, FAQOptions
+from llmc_faq_slider.faq.options import CACHE_VARIABLE, FAQOptions, options_of
 from llmc_faq_slider.host.calibration_data import rows_loader, takes_loss_mask
 
 pytestmark = pytest.mark.unit
@@ -62,18 +63,30 @@ def test_every_field_is_documented() -> None:
         {"top_p": 1.5},
         {"max_fallback_fraction": 2},
         {"selector": "best"},
-        {"selector": "typical"},
+        {"selector": "random"},
         {"expert": "target", "num_candidates": 1},
         {"generator": ""},
         {"unknown": 1},
         {"generator": "http://"},
         {"expert": "https://me:secret@example.org/v1"},
-        {"oversample": 0.5},
     ],
 )
 def test_bad_fields_are_named(fields) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         FAQModifier(**fields)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["selector=typical", "selector=target_nll", "oversample=1", "keep_language=null"],
+)
+def test_what_was_removed_is_refused_with_the_reason(field) -> None:
+    name, value = field.split("=")
+    sentence = rf"FAQModifier's {name}(: {value})? was removed: .+; (use|leave) .+\."
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        options_of({}, [field])
+    with pytest.raises(ValidationError, match=sentence):
+        FAQModifier(**{name: yaml.safe_load(value)})
 
 
 def test_the_cache_folder_follows_field_then_variable(monkeypatch) -> None:

@@ -67,7 +67,7 @@ def test_an_unchanged_run_opens_no_generator(tokenizer, scribe, tmp_path) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"selector": "longest"},
+        {"selector": "random"},
         {"gates": GateLimits(min_response_tokens=5)},
         {"num_samples": 3},
         {"max_fallback_fraction": 0.2},

@@ -7,8 +7,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmc_faq_slider.faq import decoding
+from llmc_faq_slider.faq.experts import mean_logprobs
 from llmc_faq_slider.faq.sampling import Draw, pick, sample_batch
-from llmc_faq_slider.faq.scoring import mean_logprobs
 from llmc_faq_slider.faq.settings import Sampling
 
 pytestmark = pytest.mark.unit

@@ -61,22 +61,18 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("order", "dtype", "steps"),
-    [
-        ("window", torch.float32, 7),
-        ("window", torch.float16, 13),
-        ("sweep", torch.bfloat16, 9),
-    ],
+    ("dtype", "steps"),
+    [(torch.float32, 7), (torch.float16, 13), (torch.bfloat16, 9)],
 )
-def test_learning(model, tmp_path, order, dtype, steps):
+def test_learning(model, tmp_path, dtype, steps):
     model.to(dtype)
-    expected, committed = learn(model, None, None, stage_order=order)
+    expected, committed = learn(model, None, None)
     stops = 0
     while True:
         with open_checkpoint(tmp_path, {}) as saved:
             try:
                 stop = StopAtStep(steps)
-                found, again = learn(model, saved, stop, stage_order=order)
+                found, again = learn(model, saved, stop)
                 break
             except SystemExit as exit:
                 assert exit.code == 128 + signal.SIGTERM

@@ -15,9 +15,8 @@ from llmc_faq_slider.slider.windows import window_schedule
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("order", ["window", "sweep"])
-def test_every_layer_is_committed_once_in_order(model, order):
-    results, committed = learn(model, rows_of([16] * 8), stage_order=order)
+def test_every_layer_is_committed_once_in_order(model):
+    results, committed = learn(model, rows_of([16] * 8))
     assert [index for index, _ in committed] == [0, 1, 2, 3, 4]
     assert len(results) == len(window_schedule(5))
     assert all(set(folded.linears) == set(LINEARS) for _, folded in committed)
@@ -28,12 +27,11 @@ def test_learning_lowers_the_loss_of_every_window(model):
     assert all(result.loss < result.start_loss for result in results)
 
 
-@pytest.mark.parametrize("order", ["window", "sweep"])
-def test_later_visits_have_lower_rates(model, order):
-    arguments = {"stage_order": order, "ratio": 1.0, "epochs": 20}
-    kept, _ = learn(model, rows_of([16] * 8), **arguments)
+def test_later_visits_have_lower_rates(model):
+    kept, _ = learn(model, rows_of([16] * 8), ratio=1.0, epochs=20)
     # The second visit would have 1e-9 of the rates: nothing is left to learn.
-    decayed, _ = learn(model, rows_of([16] * 8), visit_decay=30.0, **arguments)
+    rates = {"visit_decay": 30.0, "ratio": 1.0, "epochs": 20}
+    decayed, _ = learn(model, rows_of([16] * 8), **rates)
     assert kept[0].loss == decayed[0].loss < kept[0].start_loss
     last = decayed[-1]
     assert last.loss == pytest.approx(last.start_loss, rel=1e-3)

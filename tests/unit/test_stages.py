@@ -120,7 +120,7 @@ def test_oneshot_refuses_before_it_loads_a_model(arguments, message, monkeypatch
         ({"ratio": 1.5}, "ratio"),
         ({"ratio": 0.5}, "2 stages, which need at least 2 epochs, and epochs is 1"),
         ({"low_rank": -1}, "low_rank"),
-        ({"stage_order": "both"}, "stage_order"),
+        ({"stage_order": "sweep"}, "stage_order was removed: sweeps over all windows"),
         ({"widnow_size": 3}, "widnow_size"),
         ({"shallow_layers": -1}, "shallow_layers"),
         ({"deep_layers": "all"}, "deep_layers"),
