@@ -49,7 +49,7 @@ install: $(VENV)/.ready ## .venv with everything for development
 serve-env: $(SERVE)/.ready ## .venv-serve with vLLM for the CPU
 
 quickstart: ## quantise, serve and compare a real model [MODEL=... RECIPE=... CPU=avx2]
-	@echo "Quickstart: up to 20 minutes on 2 cores the first time, less after that."
+	@echo "Quickstart: 10 to 15 minutes on 2 cores the first time, less after that."
 	@since=$$(date +%s); $(MAKE) --no-print-directory --silent install && \
 	$(BIN)/python scripts/quickstart.py --since $$since \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)")

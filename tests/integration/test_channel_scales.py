@@ -34,8 +34,9 @@ CONFIGS = {
 }
 STEPS, BATCH = 150, 16
 SEEDS = 2
-# Two seeds of one setting differ by less than this on all three.
-NOISE = 0.1
+# Four times what two seeds of one setting differ by; a fold that is not exact costs
+# more than twice the divergence.
+NOISE = 0.25
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -97,7 +98,6 @@ def test_scales_are_never_worse_than_none(trained):
             quantize(learner, stage(seed, channel_scales), dataset=data)
             got = log_probabilities(learner, judged)
             found.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
-        print(channel_scales, found)
         return sum(found) / SEEDS
 
     assert divergence("auto") <= (1 + NOISE) * divergence(False)
