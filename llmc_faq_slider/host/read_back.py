@@ -58,10 +58,17 @@ def _differences(folder: Path, model: PreTrainedModel) -> list[str]:
     if info["missing_keys"]:
         said.append(
             f"{_READER} does not find {_named(info['missing_keys'])} in {folder} and "
-            "would start them at random. Do not load this checkpoint with it; vLLM "
-            "has readers of its own and stops where it does not know a name."
+            "would start them at random. Do not load this checkpoint with it. vLLM "
+            "has readers of its own, which do not check that a quantised model is "
+            "whole: compare its answers before you serve it."
         )
-    if info["unexpected_keys"]:
+    lost = [key for key in info["unexpected_keys"] if _is_expert_zero_point(key)]
+    if lost:
+        said.append(
+            f"{_READER} cannot read zero points of experts ({_named(lost)}) in "
+            f"{folder}. Quantise experts symmetrically if it has to read them."
+        )
+    elif info["unexpected_keys"]:
         said.append(
             f"{_READER} leaves out {_named(info['unexpected_keys'])} of {folder}."
         )
@@ -110,6 +117,10 @@ def _format(args: QuantizationArgs | None) -> tuple[Any, ...] | None:
     if args is None:
         return None
     return args.num_bits, args.type, args.strategy, args.group_size, args.symmetric
+
+
+def _is_expert_zero_point(key: str) -> bool:
+    return ".experts." in key and key.endswith("zero_point")
 
 
 def _named(names: Sequence[str]) -> str:
