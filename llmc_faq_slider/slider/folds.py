@@ -6,7 +6,7 @@ and consumers, shows when scales far from one change what the layer puts out alt
 nothing is quantised.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -89,9 +89,7 @@ def left_out(places: Mapping[int, list[Place]]) -> list[str]:
         f"SliderQuant learns no channel scales between {source} and "
         f"{', '.join(consumers)} in {len(indices)} layers: scales would change there "
         "what the layer computes."
-        for (source, consumers), indices in (
-            ((kind[0], Counter(kind[1])), found) for kind, found in layers.items()
-        )
+        for (source, consumers), indices in layers.items()
     ]
     for sentence in said:
         logger.warning(sentence)

@@ -60,7 +60,8 @@ class Place:
     @property
     def kind(self) -> tuple[str, tuple[str, ...]]:
         """The same for the same place of all experts."""
-        return _any_expert(self.source), tuple(map(_any_expert, self.consumers))
+        consumers = dict.fromkeys(map(_any_expert, self.consumers))
+        return _any_expert(self.source), tuple(consumers)
 
 
 def fold_places(

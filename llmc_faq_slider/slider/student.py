@@ -287,11 +287,10 @@ class StudentLayer:
                 norm = self.layer.get_submodule(name)
                 hook = divide_output(norm_scale.multiplier())
                 stack.callback(norm.register_forward_hook(hook).remove)
-            for name, scale in self.readers.items():
+            for name in self.readers:
                 reader = self.layer.get_submodule(name)
-                weight = stored_weight(reader).float() * scale.multiplier()
-                stored = weight.to(stored_weight(reader).dtype)
-                stack.enter_context(shadowed_weight(reader, stored))
+                weight = self._folded_reader(name).to(stored_weight(reader).dtype)
+                stack.enter_context(shadowed_weight(reader, weight))
             stack.enter_context(replaced_forwards(forwards))
             yield
 
@@ -311,10 +310,14 @@ class StudentLayer:
             bias = getattr(self.layer.get_submodule(name), "bias", None)
             if bias is not None:
                 plain[f"{name}.bias"] = bias.float() / norm_scale.multiplier()
-        for name, reader_scale in self.readers.items():
-            weight = stored_weight(self.layer.get_submodule(name)).float()
-            plain[f"{name}.weight"] = weight * reader_scale.multiplier()
+        for name in self.readers:
+            plain[f"{name}.weight"] = self._folded_reader(name)
         return FoldedLayer(linears, plain)
+
+    def _folded_reader(self, name: str) -> Tensor:
+        """fp32 weight, with its scales, of a reader that stays unquantised."""
+        weight = stored_weight(self.layer.get_submodule(name)).float()
+        return weight * self.readers[name].multiplier()
 
 
 def _mean_square(consumers: Sequence[StudentLinear]) -> Tensor:

@@ -6,7 +6,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    PreTrainedModel,
+)
 
 import llmc_faq_slider
 from llmc_faq_slider.report.perplexity import next_token_loss as loss
@@ -14,6 +19,16 @@ from llmc_faq_slider.report.perplexity import next_token_loss as loss
 TESTS = Path(__file__).parents[1]
 RECIPES = TESTS.parent / "recipes"
 LENGTH = 128
+# Its linears are of a class of their own.
+FALCON = FalconConfig(
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    alibi=False,
+    new_decoder_architecture=True,
+    num_kv_heads=2,
+)
 
 
 def held_out_rows(model: Path, half: int) -> Tensor:

@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from family import quantize
+from family import FALCON, quantize
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
-    FalconConfig,
     GptOssConfig,
     LlamaConfig,
     LlavaConfig,
@@ -159,16 +158,7 @@ def test_inputs_of_experts_that_a_reader_leaves_out_are_named(small_model, tmp_p
 
 
 def test_a_reader_that_fails_is_named(small_model, tmp_path):
-    config = FalconConfig(
-        vocab_size=256,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        alibi=False,
-        new_decoder_architecture=True,
-        num_kv_heads=2,
-    )
-    _, said = quantized(AutoModelForCausalLM.from_config(config), small_model, tmp_path)
+    _, said = quantized(AutoModelForCausalLM.from_config(FALCON), small_model, tmp_path)
     assert len(said) == 1 and "cannot read" in said[0] and "FalconLinear" in said[0]
 
 

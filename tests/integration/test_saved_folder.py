@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from family import load, logits, quantize
+from family import FALCON, load, logits, quantize
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    FalconConfig,
     GenerationConfig,
 )
 
@@ -79,16 +78,7 @@ def test_generation_config_and_tokenizer_are_those_given(small_model, tmp_path):
 def test_what_was_left_out_beside_linears_of_another_class_is_ignored(
     tmp_path, small_model
 ):
-    config = FalconConfig(
-        vocab_size=256,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        alibi=False,
-        new_decoder_architecture=True,
-        num_kv_heads=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    AutoModelForCausalLM.from_config(FALCON).save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     quantize(
         model,
